@@ -1,0 +1,1 @@
+"""Conditional memory for language models: define, train, study, store and serve Engram tables."""

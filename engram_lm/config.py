@@ -1,0 +1,120 @@
+"""What a memory is: the specification of its addresses, and the sizes and options around it.
+
+Presets are functions. A variant is `dataclasses.replace(paper(), ...)`.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from engram_lm.errors import ConfigError
+from engram_lm.memory.specification import Specification
+
+GATES = ("plain", "signed_sqrt", "signed_sqrt_copysign")
+FLOAT32_EPS = 1.1920928955078125e-07
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """How vectors become a residual update. Raises ConfigError.
+
+    gate `plain`: equation 4 of the paper; `signed_sqrt`: a signed square root around the logit, as in
+    the public demo; `signed_sqrt_copysign`: the same as DeepSeek-V4.1 writes it.
+    """
+
+    gate: str = "signed_sqrt"
+    bias: bool = False
+    """Of key and value projections (the demo has them)."""
+    conv_kernel: int | None = 4
+    """None: no short convolution. Its dilation is the highest order."""
+    norm_eps: float = FLOAT32_EPS
+    conv_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.gate not in GATES:
+            raise ConfigError(f"gate={self.gate!r}: accepted are {', '.join(GATES)}")
+        if self.conv_kernel is not None and self.conv_kernel < 2:
+            raise ConfigError(
+                f"conv_kernel={self.conv_kernel}: 2 or more, or null for no convolution"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """A whole memory: where rows are, how wide they are, how they are fused."""
+
+    specification: Specification
+    head_dim: int
+    """Values per row."""
+    fusion: FusionConfig = FusionConfig()
+
+    def __post_init__(self) -> None:
+        if self.head_dim < 1:
+            raise ConfigError(f"head_dim={self.head_dim}: a row holds at least 1 value")
+
+    @property
+    def memory_dim(self) -> int:
+        """Width of all rows of one position in one layer: (N - 1) * heads * head_dim."""
+        return self.specification.heads_per_layer * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the specification in its file format."""
+        return {
+            "specification": self.specification.to_dict(),
+            "head_dim": self.head_dim,
+            "fusion": asdict(self.fusion),
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "MemoryConfig":
+        """What to_dict gave. ConfigError on unknown or missing keys."""
+        _check_keys("memory", record, {field.name for field in fields(cls)})
+        fusion = record["fusion"]
+        _check_keys("memory.fusion", fusion, {field.name for field in fields(FusionConfig)})
+        return cls(
+            specification=Specification.from_dict(record["specification"]),
+            head_dim=record["head_dim"],
+            fusion=FusionConfig(**fusion),
+        )
+
+
+def _check_keys(where: str, record: Any, names: set[str]) -> None:
+    if not isinstance(record, dict) or set(record) != names:
+        given = sorted(record) if isinstance(record, dict) else record
+        raise ConfigError(f"{where}: keys {', '.join(sorted(names))} are needed, these are {given}")
+
+
+def paper() -> MemoryConfig:
+    """Engram-27B of arXiv 2601.07372, appendix A: 2 x 16 heads of 2,262,400 rows x 80."""
+    return MemoryConfig(
+        specification=Specification(
+            layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, pad_id=2
+        ),
+        head_dim=80,
+        fusion=FusionConfig(gate="plain"),
+    )
+
+
+def demo() -> MemoryConfig:
+    """The defaults of the authors' public demo (January 2026). Its layer 15 is not the paper's."""
+    return MemoryConfig(
+        specification=Specification(
+            layers=(1, 15), rows_per_head=(646_400, 646_400), heads=8, pad_id=2
+        ),
+        head_dim=64,
+        fusion=FusionConfig(bias=True),
+    )
+
+
+def deepseek_v41() -> MemoryConfig:
+    """DeepSeek-V4.1-Flash as released: 2 x 24 heads of 16M rows x 256, no convolution."""
+    return MemoryConfig(
+        specification=Specification(
+            layers=(1, 14),
+            rows_per_head=(16_000_000, 16_000_000, 16_000_000),
+            heads=8,
+            pad_id=2,
+            boundary_rule="document",
+        ),
+        head_dim=256,
+        fusion=FusionConfig(gate="signed_sqrt_copysign", conv_kernel=None, norm_eps=1e-20),
+    )

@@ -1,0 +1,1 @@
+"""Token ids -> vectors -> residual update. Plain torch; never imports transformers."""

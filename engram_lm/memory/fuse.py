@@ -1,0 +1,153 @@
+"""Vectors -> residual update: project, gate by the hidden state, short convolution.
+
+Shapes: B sequences, T tokens, S streams, D width, M memory width (all rows of a position), W window.
+Equations 3 to 5 of arXiv 2601.07372; the module sees tensors only.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram_lm.config import FusionConfig
+from engram_lm.memory.window import Window
+
+
+class Fused(NamedTuple):
+    """update_BTSD: what is added to the hidden states. tail_BWSD: conv inputs of the window, if any."""
+
+    update_BTSD: Tensor
+    tail_BWSD: Tensor | None
+
+
+class Gate(nn.Module):
+    """How far each stream opens for its key, (B, T, S) in (0, 1).
+
+    A module of its own, without parameters, so that an analysis can watch it or hold it.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.rule = config.gate
+        self.eps = config.norm_eps
+
+    def forward(self, hidden_BTSD: Tensor, key_BTSD: Tensor, weight_SD: Tensor) -> Tensor:
+        """sigmoid of RMSNorm(hidden) . RMSNorm(key) / sqrt(D), both norms' weights in weight_SD.
+
+        The weights only ever appear as a product (DeepSeek-V4.1 stores them so); float32 throughout,
+        float64 if the hidden states are.
+        """
+        dtype = torch.promote_types(hidden_BTSD.dtype, torch.float32)
+        hidden_BTSD, key_BTSD = hidden_BTSD.to(dtype), key_BTSD.to(dtype)
+        width = hidden_BTSD.shape[-1]
+        scale_BTS = torch.rsqrt(hidden_BTSD.square().mean(-1) + self.eps)
+        scale_BTS = scale_BTS * torch.rsqrt(key_BTSD.square().mean(-1) + self.eps)
+        dot_BTS = (hidden_BTSD * weight_SD.to(dtype) * key_BTSD).sum(-1) * scale_BTS * width**-0.5
+        if self.rule == "plain":
+            return torch.sigmoid(dot_BTS)
+        root_BTS = dot_BTS.abs().clamp_min(1e-6).sqrt()
+        if self.rule == "signed_sqrt":  # a product of exactly zero gives 0.5
+            return torch.sigmoid(root_BTS * dot_BTS.sign())
+        return torch.sigmoid(torch.copysign(root_BTS, dot_BTS))  # and here sigmoid(0.001)
+
+
+class ShortConv(nn.Module):
+    """SiLU of a depthwise causal convolution over normalised values; zero weights at first."""
+
+    def __init__(self, streams: int, width: int, config: FusionConfig, dilation: int) -> None:
+        super().__init__()
+        assert config.conv_kernel is not None
+        self.eps = config.conv_norm_eps
+        self.dilation = dilation
+        self.norm_weight = nn.Parameter(torch.ones(streams, width))
+        # Tap j multiplies the value (kernel - 1 - j) * dilation tokens back, as in torch's Conv1d.
+        self.weight = nn.Parameter(torch.zeros(streams, width, config.conv_kernel))
+
+    @property
+    def reach(self) -> int:
+        """Positions before a token that its output depends on: (kernel - 1) * dilation."""
+        return (self.weight.shape[-1] - 1) * self.dilation
+
+    def forward(
+        self, gated_BTSD: Tensor, tail_BWSD: Tensor | None, window: Window
+    ) -> tuple[Tensor, Tensor]:
+        """Output at the T tokens, and the inputs of all window positions for the next call.
+
+        tail_BWSD: inputs of the window's earlier positions; None means the window starts a text.
+        """
+        dtype = torch.promote_types(gated_BTSD.dtype, torch.float32)
+        weight_SD = self.norm_weight.to(dtype)
+        scale_BTS1 = torch.rsqrt(gated_BTSD.to(dtype).square().mean(-1, keepdim=True) + self.eps)
+        inputs_BTSD = gated_BTSD.to(dtype) * scale_BTS1 * weight_SD
+        if tail_BWSD is None:
+            B, _, S, D = inputs_BTSD.shape
+            tail_BWSD = inputs_BTSD.new_zeros(B, window.earlier, S, D)
+        inputs_BWSD = torch.cat([tail_BWSD.to(dtype), inputs_BTSD], dim=1)
+        packed_BWSD = window.pack(inputs_BWSD)
+        document_BW = window.document_BW
+        # A depthwise dilated Conv1d is slow on a CPU and knows no document starts; taps are both.
+        kernel = self.weight.shape[-1]
+        first = 0 if window.order_BW is not None else window.earlier
+        T = packed_BWSD.shape[1] - first
+        output_BTSD = packed_BWSD[:, first:] * self.weight[..., kernel - 1].to(dtype)
+        for tap in range(kernel - 1):
+            back = (kernel - 1 - tap) * self.dilation
+            missing = max(0, back - first)
+            values_BTSD = packed_BWSD[:, first - back + missing : max(0, first - back + T)]
+            if document_BW is not None:
+                same_BT = (
+                    document_BW[:, first + missing :]
+                    == document_BW[:, first - back + missing : max(0, first - back + T)]
+                )
+                values_BTSD = values_BTSD * same_BT[..., None, None]
+            values_BTSD = F.pad(values_BTSD, (0, 0, 0, 0, min(missing, T), 0))
+            output_BTSD = output_BTSD + values_BTSD * self.weight[..., tap].to(dtype)
+        if window.order_BW is not None:
+            output_BTSD = window.unpack(output_BTSD)
+        return F.silu(output_BTSD), inputs_BWSD
+
+
+class Fuse(nn.Module):
+    """One Engram module but for its table. Parameters: kv (keys first, value last), norms, conv.
+
+    The table and the value are shared by all streams; each stream has a key of its own. One matrix
+    product makes all of them.
+    """
+
+    def __init__(
+        self, streams: int, width: int, memory_dim: int, config: FusionConfig, max_order: int
+    ):
+        super().__init__()
+        self.streams, self.width = streams, width
+        self.kv = nn.Linear(memory_dim, (streams + 1) * width, bias=config.bias)
+        self.query_norm_weight = nn.Parameter(torch.ones(streams, width))
+        self.key_norm_weight = nn.Parameter(torch.ones(streams, width))
+        self.gate = Gate(config)
+        self.conv = (
+            None if config.conv_kernel is None else ShortConv(streams, width, config, max_order)
+        )
+
+    def forward(
+        self,
+        hidden_BTSD: Tensor,
+        vectors_BTM: Tensor,
+        window: Window,
+        tail_BWSD: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> Fused:
+        """Update of the hidden states. mask_BT: bool, False where the gate is held at 0.
+
+        Cost: 2 * M * (S + 1) * D multiply-adds a token, and O(S * D) around them.
+        """
+        kv_BTC = self.kv(vectors_BTM.to(self.kv.weight.dtype))
+        keys_BTC, value_BTD = kv_BTC.split([self.streams * self.width, self.width], dim=-1)
+        key_BTSD = keys_BTC.unflatten(-1, (self.streams, self.width))
+        gate_BTS = self.gate(hidden_BTSD, key_BTSD, self.query_norm_weight * self.key_norm_weight)
+        if mask_BT is not None:
+            gate_BTS = gate_BTS * mask_BT[..., None]
+        gated_BTSD = gate_BTS[..., None] * value_BTD[..., None, :].to(gate_BTS.dtype)
+        if self.conv is None:
+            return Fused(gated_BTSD.to(hidden_BTSD.dtype), None)
+        smoothed_BTSD, tail_BWSD = self.conv(gated_BTSD, tail_BWSD, window)
+        return Fused((gated_BTSD + smoothed_BTSD).to(hidden_BTSD.dtype), tail_BWSD)

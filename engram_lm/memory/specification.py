@@ -1,0 +1,271 @@
+"""How token ids become row numbers: the rules, the constants they give, and their file format.
+
+A `Specification` states rules only. `bind` adds the vocabulary it is used with, and from then on the
+multipliers exist too, because they depend on the number of canonical ids. Two engines that hold equal
+specifications read equal rows; `digest` is what a checkpoint records to say so.
+
+Source: section 2.2 of arXiv 2601.07372, its public demo, and DeepSeek-V4.1.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sympy import nextprime
+
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.memory.canonical import CanonicalMap
+
+FORMAT = "engram-specification"
+VERSION = 1
+INT64_MAX = 2**63 - 1
+
+# Each rule is one line of a table, so that a file of a later version fails by name and not by a wrong row.
+MULTIPLIER_RULES = ("pcg64",)
+PRIME_RULES = ("distinct",)
+BOUNDARY_RULES = ("cross", "document")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The facts of a canonical map that addressing depends on."""
+
+    token_ids: int
+    canonical_ids: int
+    sha256: str
+    """Of the map as little-endian int32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """Which rows an n-gram reads, in every layer, order and head. Raises ConfigError.
+
+    multiplier_rule `pcg64`: odd multipliers from numpy's default_rng(seed + 10007 * layer), bounded so that
+    canonical id * multiplier stays below 2^63 (demo, DeepSeek-V4.1).
+    prime_rule `distinct`: the next primes from rows_per_head on that no earlier layer, order or head has.
+    boundary_rule `cross`: n-grams run across document starts (demo); `document`: they stop there (DeepSeek-V4.1).
+    """
+
+    layers: tuple[int, ...]
+    """Zero-based, ascending."""
+    rows_per_head: tuple[int, ...]
+    """Rows asked for, one entry for each order from 2 up; each head gets the next free prime."""
+    heads: int
+    """Per order."""
+    seed: int = 0
+    pad_id: int
+    """The token id whose canonical id stands before the start of a text."""
+    multiplier_rule: str = "pcg64"
+    prime_rule: str = "distinct"
+    boundary_rule: str = "cross"
+    vocabulary: Vocabulary | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers or any(layer < 0 for layer in self.layers):
+            raise ConfigError(
+                f"layers={self.layers}: at least one zero-based layer number is needed"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(f"layers={self.layers}: layer numbers must ascend and not repeat")
+        if not self.rows_per_head:
+            raise ConfigError("rows_per_head=(): one entry for each order from 2 up is needed")
+        if any(not 1 < rows < 2**48 for rows in self.rows_per_head):
+            raise ConfigError(f"rows_per_head={self.rows_per_head}: 2 up to 2^48 rows a head")
+        if self.heads < 1:
+            raise ConfigError(f"heads={self.heads}: at least 1 head per order")
+        if not 0 <= self.seed <= INT64_MAX:
+            raise ConfigError(f"seed={self.seed}: a seed lies between 0 and 2^63 - 1")
+        for field, accepted in (
+            ("multiplier_rule", MULTIPLIER_RULES),
+            ("prime_rule", PRIME_RULES),
+            ("boundary_rule", BOUNDARY_RULES),
+        ):
+            if getattr(self, field) not in accepted:
+                raise ConfigError(
+                    f"{field}={getattr(self, field)!r}: accepted are {', '.join(accepted)}"
+                )
+        limit = 2**31 if self.vocabulary is None else self.vocabulary.token_ids
+        if not 0 <= self.pad_id < limit:
+            raise ConfigError(f"pad_id={self.pad_id}: a token id from 0 to {limit - 1}")
+
+    @property
+    def max_order(self) -> int:
+        """N, the longest n-gram; orders run from 2 to N."""
+        return len(self.rows_per_head) + 1
+
+    @property
+    def lookback(self) -> int:
+        """Token ids before a position that its longest n-gram needs: N - 1."""
+        return self.max_order - 1
+
+    @property
+    def heads_per_layer(self) -> int:
+        """Rows that one position reads in one layer: (N - 1) * heads."""
+        return len(self.rows_per_head) * self.heads
+
+    @cached_property
+    def primes(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+        """Rows of every head: layer -> one tuple per order -> one prime per head."""
+        used: set[int] = set()
+        primes = {}
+        for layer in self.layers:
+            orders = []
+            for rows in self.rows_per_head:
+                prime, heads = rows - 1, []
+                for _ in range(self.heads):
+                    prime = nextprime(prime)
+                    while prime in used:
+                        prime = nextprime(prime)
+                    used.add(prime)
+                    heads.append(int(prime))
+                orders.append(tuple(heads))
+            primes[layer] = tuple(orders)
+        return primes
+
+    def table_rows(self, layer: int) -> int:
+        """Rows of a layer's whole table; may pass 2^31."""
+        return sum(sum(order) for order in self.primes[layer])
+
+    def offsets(self, layer: int) -> tuple[int, ...]:
+        """First row of each head in its layer's table, order-major; int64."""
+        flat = [prime for order in self.primes[layer] for prime in order]
+        return tuple(sum(flat[:head]) for head in range(len(flat)))
+
+    @cached_property
+    def multipliers(self) -> dict[int, tuple[int, ...]]:
+        """Layer -> N odd int64 multipliers; [0] is the current token's, [s] that of the token s back."""
+        if self.vocabulary is None:
+            raise ConfigError(
+                "vocabulary=None: multipliers depend on it; call bind(canonical_map) first"
+            )
+        bound = max(1, (INT64_MAX // self.vocabulary.canonical_ids) // 2)
+        return {
+            layer: tuple(
+                int(draw) * 2 + 1
+                for draw in np.random.default_rng(self.seed + 10007 * layer).integers(
+                    low=0, high=bound, size=self.max_order, dtype=np.int64
+                )
+            )
+            for layer in self.layers
+        }
+
+    def bind(self, canonical: CanonicalMap) -> "Specification":
+        """This specification for that vocabulary. MismatchError if it already has another one."""
+        vocabulary = Vocabulary(
+            token_ids=canonical.token_ids,
+            canonical_ids=canonical.canonical_ids,
+            sha256=canonical.sha256,
+        )
+        if self.vocabulary is not None and self.vocabulary != vocabulary:
+            raise MismatchError(
+                "the tokenizer's canonical map is not the specification's: tokenizer "
+                f"sha256 {vocabulary.sha256} ({vocabulary.canonical_ids} of {vocabulary.token_ids} ids), specification "
+                f"sha256 {self.vocabulary.sha256} ({self.vocabulary.canonical_ids} of {self.vocabulary.token_ids} ids)"
+            )
+        return replace(self, vocabulary=vocabulary)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file format: rules, vocabulary and constants as plain values.
+
+        Numbers that may exceed 2^53 are decimal strings: a JSON reader that keeps doubles would round them, and a
+        rounded multiplier gives another row that looks as good.
+        """
+        record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        record["layers"] = list(self.layers)
+        record["seed"] = str(self.seed)
+        record["rows_per_head"] = [str(rows) for rows in self.rows_per_head]
+        record["primes"] = {
+            str(layer): [[str(prime) for prime in order] for order in orders]
+            for layer, orders in self.primes.items()
+        }
+        if self.vocabulary is not None:
+            record["multipliers"] = {
+                str(layer): [str(value) for value in values]
+                for layer, values in self.multipliers.items()
+            }
+        return record
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file format with sorted keys and no spaces: what a checkpoint records."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Specification":
+        """The specification a file holds. ConfigError on unknown keys, and where rules and constants disagree."""
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ConfigError(f"not an {FORMAT} file: its key 'format' must be '{FORMAT}'")
+        if record.get("version") != VERSION:
+            raise ConfigError(
+                f"version={record.get('version')!r}: this package reads version {VERSION}"
+            )
+        names = {field.name for field in fields(cls)}
+        unknown = sorted(set(record) - names - {"format", "version", "primes", "multipliers"})
+        if unknown:
+            raise ConfigError(
+                f"unknown key {unknown[0]!r}: accepted are {', '.join(sorted(names))}"
+            )
+        values = {name: record[name] for name in names if name in record}
+        missing = sorted({"layers", "rows_per_head", "heads", "pad_id"} - set(values))
+        if missing:
+            raise ConfigError(f"missing key {missing[0]!r}")
+        for name in ("layers", "rows_per_head"):
+            if not isinstance(values[name], list):
+                raise ConfigError(f"{name}={values[name]!r}: a list is needed")
+            values[name] = tuple(_integer(name, value) for value in values[name])
+        for name in ("heads", "pad_id", "seed"):
+            if name in values:
+                values[name] = _integer(name, values[name])
+        if values.get("vocabulary") is not None:
+            values["vocabulary"] = _vocabulary(values["vocabulary"])
+        specification = cls(**values)
+        for name in ("primes", "multipliers"):
+            if name in record and record[name] != specification.to_dict().get(name):
+                raise ConfigError(
+                    f"{name} in the file differ from what its rules give: one of them was edited"
+                )
+        return specification
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file format as indented JSON, aside first and then renamed."""
+        aside = Path(f"{path}.partial")
+        aside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Specification":
+        """Reads what `save` wrote. ConfigError names the file."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _vocabulary(record: Any) -> Vocabulary:
+    names = {field.name for field in fields(Vocabulary)}
+    if not isinstance(record, dict) or set(record) != names:
+        raise ConfigError(
+            f"vocabulary={record!r}: an object with {', '.join(sorted(names))} is needed"
+        )
+    return Vocabulary(
+        token_ids=_integer("vocabulary.token_ids", record["token_ids"]),
+        canonical_ids=_integer("vocabulary.canonical_ids", record["canonical_ids"]),
+        sha256=str(record["sha256"]),
+    )
+
+
+def _integer(name: str, value: Any) -> int:
+    """Exact, from a JSON integer or a decimal string; a float has already lost digits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit():
+        return int(value)
+    raise ConfigError(f"{name}={value!r}: an integer or a decimal string is needed")

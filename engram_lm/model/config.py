@@ -1,0 +1,100 @@
+"""The configuration of a model: DeepSeek-V3's fields, streams, and a memory."""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import DeepseekV3Config
+
+from engram_lm.config import MemoryConfig
+from engram_lm.errors import ConfigError
+
+
+@strict
+class EngramLMConfig(DeepseekV3Config):
+    """DeepseekV3Config (MLA, DeepSeekMoE, YaRN) with what it lacks. Raises ConfigError.
+
+    Each layer's FFN is dense (`intermediate_size`) or mixture of experts; `streams` residual streams
+    are mixed by mHC (DeepSeek-V4), 1 is the plain residual. Defaults are those of a small model.
+    """
+
+    model_type = "engram_lm"
+    attribute_map = {
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+        "hc_mult": "streams",
+    }
+
+    vocab_size: int = 8192
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    moe_intermediate_size: int = 64
+    shared_intermediate_size: int = 64
+    """Width of all shared experts together."""
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    n_routed_experts: int = 32
+    num_experts_per_tok: int | None = 2
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    routed_scaling_factor: float = 1.0
+    mlp_layer_types: list[str] | None = None
+    """"dense" or "sparse" for each layer; all sparse where nothing is said."""
+    kv_lora_rank: int = 64
+    q_lora_rank: int | None = None
+    qk_rope_head_dim: int = 16
+    qk_nope_head_dim: int = 32
+    v_head_dim: int | None = 32
+    num_nextn_predict_layers: int = 0
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = 1
+    tie_word_embeddings: bool = True
+    streams: int = 1
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    memory: dict[str, Any] | None = None
+    """MemoryConfig.to_dict() with a bound specification, or None: no memory."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        # One shared expert as wide as all of them: the same sum, and its width is free to choose.
+        self.n_shared_experts = 1
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @property
+    def memory_config(self) -> MemoryConfig | None:
+        """`memory` as an object."""
+        return None if self.memory is None else _memory_config(json.dumps(self.memory))
+
+    def _check(self) -> None:
+        if len(self.mlp_layer_types or []) != self.num_hidden_layers:
+            raise ConfigError(
+                f"mlp_layer_types={self.mlp_layer_types}: one entry for each of "
+                f"{self.num_hidden_layers} layers is needed"
+            )
+        wrong = set(self.mlp_layer_types or []) - {"dense", "sparse"}
+        if wrong:
+            raise ConfigError(
+                f"mlp_layer_types: {sorted(wrong)[0]!r}; accepted are dense and sparse"
+            )
+        if self.streams < 1:
+            raise ConfigError(f"streams={self.streams}: 1 (plain residual) or more")
+        memory = self.memory_config
+        if memory is not None and memory.specification.layers[-1] >= self.num_hidden_layers:
+            raise ConfigError(
+                f"memory layers {memory.specification.layers}: the model has layers 0 to "
+                f"{self.num_hidden_layers - 1} (zero-based)"
+            )
+
+
+@lru_cache(maxsize=8)
+def _memory_config(text: str) -> MemoryConfig:
+    # Kept outside the instance: transformers writes everything in its __dict__ to config.json.
+    return MemoryConfig.from_dict(json.loads(text))

@@ -1,0 +1,421 @@
+"""The model: DeepSeek-V3's attention and experts, mHC streams, and a memory, put together.
+
+Shapes: B sequences, T tokens, S streams, D width.
+Attention, experts, streams, caches and generation come from transformers. What is ours is where the
+memory starts (`EngramLMModel.forward`) and where it is waited for (before its layer).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3MLP,
+    DeepseekV3MoE,
+    DeepseekV3PreTrainedModel,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+    DeepseekV3TopkRouter,
+)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4HyperConnection,
+    DeepseekV4HyperHead,
+)
+from transformers.utils import can_return_tuple, cached_file
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.memory.canonical import FILE_NAME, CanonicalMap
+from engram_lm.memory.fuse import Fuse, ShortConv
+from engram_lm.memory.lookup import Memory
+from engram_lm.memory.ngrams import Addresses
+from engram_lm.memory.table import Table
+from engram_lm.memory.window import Window
+from engram_lm.model.cache import decoding_state
+from engram_lm.model.config import EngramLMConfig
+
+
+@dataclass
+class Reading:
+    """One call's memory as its layers see it."""
+
+    window: Window
+    mask_BT: Tensor | None
+    tails: dict[int, Tensor]
+    new_tails: dict[int, Tensor] = field(default_factory=dict)
+
+
+class EngramLMMoE(DeepseekV3MoE):
+    """DeepSeekMoE whose shared expert may have any width."""
+
+    def __init__(self, config: EngramLMConfig) -> None:
+        super().__init__(config)
+        self.shared_experts = DeepseekV3MLP(config, config.shared_intermediate_size)
+
+
+class EngramLMDecoderLayer(GradientCheckpointingLayer):
+    """Memory (where there is one), attention, FFN; each on the plain residual or on mHC streams."""
+
+    def __init__(self, config: EngramLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.streams = config.streams
+        memory = config.memory_config
+        self.engram = None
+        if memory is not None and layer_idx in memory.specification.layers:
+            self.engram = Fuse(
+                config.streams,
+                config.hidden_size,
+                memory.memory_dim,
+                memory.fusion,
+                memory.specification.max_order,
+            )
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
+        sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.mlp = EngramLMMoE(config) if sparse else DeepseekV3MLP(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.streams > 1:
+            self.attn_hc = DeepseekV4HyperConnection(config)
+            self.ffn_hc = DeepseekV4HyperConnection(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        vectors: Tensor | None = None,
+        reading: Reading | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, T, D), or (B, T, S, D) with more than one stream. vectors: (B, T, M) of this layer."""
+        if self.engram is not None and vectors is not None:
+            assert reading is not None
+            hidden_states = hidden_states + self._remember(hidden_states, vectors, reading)
+        if self.streams == 1:
+            residual = hidden_states
+            hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = residual + hidden_states
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        post, comb, collapsed = self.attn_hc(hidden_states)
+        output, _ = self.self_attn(self.input_layernorm(collapsed), **kwargs)
+        hidden_states = _expand(hidden_states, output, post, comb)
+        post, comb, collapsed = self.ffn_hc(hidden_states)
+        output = self.mlp(self.post_attention_layernorm(collapsed))
+        return _expand(hidden_states, output, post, comb)
+
+    def _remember(self, hidden_states: Tensor, vectors: Tensor, reading: Reading) -> Tensor:
+        hidden_BTSD = hidden_states if self.streams > 1 else hidden_states.unsqueeze(2)
+        tail = reading.tails.get(self.layer_idx)
+        fused = self.engram(hidden_BTSD, vectors, reading.window, tail, reading.mask_BT)
+        if fused.tail_BWSD is not None:
+            reading.new_tails[self.layer_idx] = fused.tail_BWSD
+        return fused.update_BTSD if self.streams > 1 else fused.update_BTSD.squeeze(2)
+
+
+def _expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    # As in DeepSeek-V4's block: comb is doubly stochastic but not symmetric, and is used transposed.
+    mixed = torch.matmul(comb.to(streams.dtype).transpose(-1, -2), streams)
+    return (post.to(output.dtype).unsqueeze(-1) * output.unsqueeze(-2) + mixed).contiguous()
+
+
+class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
+    """What the model and its LM head share: capabilities, initial weights, the canonical map's file."""
+
+    config: EngramLMConfig
+    config_class = EngramLMConfig
+    _no_split_modules = ["EngramLMDecoderLayer"]
+    _keys_to_ignore_on_load_unexpected = None
+    _can_compile_fullgraph = False
+    _can_record_outputs = {
+        "hidden_states": EngramLMDecoderLayer,
+        "attentions": DeepseekV3Attention,
+        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
+    }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers guesses from the source of this file, where the decorator is not
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekV4HyperConnection):
+            init.normal_(module.fn, mean=0.0, std=std)
+            init.zeros_(module.base)
+            init.ones_(module.scale)
+        elif isinstance(module, DeepseekV4HyperHead):
+            init.normal_(module.hc_fn, mean=0.0, std=std)
+            init.zeros_(module.hc_base)
+            init.ones_(module.hc_scale)
+        elif isinstance(module, Table):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Fuse):
+            init.ones_(module.query_norm_weight)
+            init.ones_(module.key_norm_weight)
+        elif isinstance(module, ShortConv):
+            init.ones_(module.norm_weight)
+            init.zeros_(module.weight)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As everywhere in transformers; a model with memory adds its canonical map."""
+        super().save_pretrained(save_directory, **kwargs)
+        addresses = self.base_model.addresses
+        if addresses is not None:
+            addresses.canonical.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *inputs: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """As everywhere in transformers. Refuses a canonical map or tokenizer that is not the model's.
+
+        A tokenizer.json beside the weights is always checked, `tokenizer` as well where it is given.
+        """
+        loaded = super().from_pretrained(path, *inputs, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.memory is not None:
+            hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+            model.set_canonical_map(CanonicalMap.load(cached_file(path, FILE_NAME, **hub)))
+            if (Path(path) / "tokenizer.json").is_file():
+                model.base_model.addresses.canonical.check(path)
+            if tokenizer is not None:
+                model.base_model.addresses.canonical.check(tokenizer)
+        return loaded
+
+    def set_canonical_map(self, canonical: CanonicalMap) -> None:
+        """Gives a model with memory its tokenizer's map. MismatchError if its specification has another."""
+        memory = self.config.memory_config
+        if memory is None:
+            raise ConfigError("memory=None: a model without memory has no canonical map")
+        if canonical.token_ids > self.config.vocab_size:
+            raise MismatchError(
+                f"the canonical map has {canonical.token_ids} ids, vocab_size is {self.config.vocab_size}"
+            )
+        self.base_model.addresses = Addresses(memory.specification, canonical)
+
+
+class EngramLMModel(EngramLMPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: EngramLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            EngramLMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = DeepseekV4HyperHead(config) if config.streams > 1 else None
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config)
+        self.addresses: Addresses | None = None
+        self.tables = nn.ModuleDict()
+        self.keep = 0
+        memory = config.memory_config
+        if memory is not None:
+            for layer in memory.specification.layers:
+                rows = memory.specification.table_rows(layer)
+                self.tables[str(layer)] = Table(rows, memory.head_dim)
+            convs = [module for module in self.modules() if isinstance(module, ShortConv)]
+            self.keep = max([memory.specification.lookback, *(conv.reach for conv in convs)])
+        self._without_memory = False
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @contextmanager
+    def without_memory(self) -> Iterator[None]:
+        """Inside, no row is read and nothing is added: the backbone alone, weights untouched."""
+        self._without_memory = True
+        try:
+            yield
+        finally:
+            self._without_memory = False
+
+    @property
+    def memory(self) -> Memory:
+        """Addresses and tables. ConfigError where the canonical map is still missing."""
+        if self.addresses is None:
+            raise ConfigError(
+                "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t))"
+            )
+        return Memory(
+            self.addresses,
+            {int(layer): table for layer, table in self.tables.items()},  # type: ignore[misc]
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        engram_input_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        masked: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Arguments of every transformers decoder, and three of ours.
+
+        engram_input_ids: (B, T) token ids to look up where inputs_embeds are given.
+        padding_mask: (B, T), 0 at padding, for attention masks that are no longer 2-D.
+        masked: bool (B, T), True at image tokens: their gate is 0 and look-back ends there.
+        Documents packed into a row are told by position_ids that do not increase (or are 0).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        pending, reading, state = None, None, None
+        if self.tables and not self._without_memory:
+            token_ids = input_ids if engram_input_ids is None else engram_input_ids
+            if token_ids is None:
+                raise ValueError(
+                    "inputs_embeds without engram_input_ids: memory is addressed by ids"
+                )
+            if past_key_values is not None:
+                state = decoding_state(past_key_values, len(self.layers), self.keep)
+            if (
+                padding_mask is None
+                and isinstance(attention_mask, Tensor)
+                and attention_mask.ndim == 2
+            ):
+                padding_mask = attention_mask[:, -token_ids.shape[1] :]
+            padding = None if padding_mask is None else ~padding_mask.bool()
+            starts = None if position_ids is None else _starts(position_ids, token_ids)
+            window = self.memory.addresses.open(
+                token_ids, None, padding, masked, starts, lookback=0 if state else self.keep
+            )
+            if state is not None:
+                window = state.open(window)
+            # Start early: every layer's rows are on their way before the first block runs.
+            pending = self.memory.start_window(window)
+            mask = _kept(padding, masked)
+            reading = Reading(window, mask, state.tails if state is not None else {})
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+            position_ids = position_ids.unsqueeze(0)
+        if isinstance(attention_mask, dict):  # generate builds one per layer type for static caches
+            causal_mask = attention_mask["full_attention"]
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        if self.hc_head is not None:
+            streams = self.config.streams
+            hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, streams, -1).contiguous()
+        for layer in self.layers:
+            vectors = None
+            if pending is not None and layer.engram is not None:
+                vectors = pending.wait(layer.layer_idx)
+            hidden_states = layer(
+                hidden_states,
+                vectors,
+                reading,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        if state is not None and reading is not None:
+            state.commit(reading.window, reading.new_tails)
+        if self.hc_head is not None:
+            hidden_states = self.hc_head(hidden_states)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def _starts(position_ids: Tensor, token_ids: Tensor) -> Tensor:
+    starts = position_ids == 0
+    starts[:, 1:] |= position_ids[:, 1:] <= position_ids[:, :-1]
+    return starts.expand_as(token_ids)
+
+
+def _kept(padding: Tensor | None, masked: Tensor | None) -> Tensor | None:
+    if padding is None:
+        return None if masked is None else ~masked
+    return ~padding if masked is None else ~(padding | masked)
+
+
+class EngramLMForCausalLM(EngramLMPreTrainedModel, GenerationMixin):
+    """The decoder with its LM head: loss, generate, save and load as in every transformers model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: EngramLMConfig) -> None:
+        super().__init__(config)
+        self.model = EngramLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As EngramLMModel.forward; labels: (B, T) token ids, -100 where no loss is wanted."""
+        outputs = self.model(input_ids=input_ids, **kwargs)
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size
+            )
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """Puts our state into the cache before anybody asks the cache to record its past."""
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        if self.config.memory is not None and cache is not None:
+            state = decoding_state(cache, len(self.model.layers), self.model.keep)
+            state.recording |= bool(generation_config.is_assistant)
+        return prepared
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Keeps the 2-D mask beside the 4-D one that a static cache is given."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, **kwargs
+        )
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else input_ids
+            inputs["padding_mask"] = attention_mask[:, -tokens.shape[1] :]
+        return inputs
