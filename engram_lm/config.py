@@ -118,3 +118,13 @@ def deepseek_v41() -> MemoryConfig:
         head_dim=256,
         fusion=FusionConfig(gate="signed_sqrt_copysign", conv_kernel=None, norm_eps=1e-20),
     )
+
+
+def nano() -> MemoryConfig:
+    """The memory of `engram demo`: two layers, 16 heads of 8 values each; rows are set by its twin."""
+    return MemoryConfig(
+        specification=Specification(
+            layers=(1, 3), rows_per_head=(4_000, 4_000), heads=8, pad_id=1
+        ),
+        head_dim=8,
+    )

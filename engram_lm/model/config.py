@@ -45,7 +45,7 @@ class EngramLMConfig(DeepseekV3Config):
     kv_lora_rank: int = 64
     q_lora_rank: int | None = None
     qk_rope_head_dim: int = 16
-    qk_nope_head_dim: int = 32
+    qk_nope_head_dim: int = 16
     v_head_dim: int | None = 32
     num_nextn_predict_layers: int = 0
     max_position_embeddings: int = 4096

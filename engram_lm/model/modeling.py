@@ -8,7 +8,7 @@ memory starts (`EngramLMModel.forward`) and where it is waited for (before its l
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,9 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
             raise MismatchError(
                 f"the canonical map has {canonical.token_ids} ids, vocab_size is {self.config.vocab_size}"
             )
-        self.base_model.addresses = Addresses(memory.specification, canonical)
+        addresses = Addresses(memory.specification, canonical)
+        self.config.memory = replace(memory, specification=addresses.specification).to_dict()
+        self.base_model.addresses = addresses
 
 
 class EngramLMModel(EngramLMPreTrainedModel):

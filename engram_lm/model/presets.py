@@ -1,0 +1,56 @@
+"""Whole models by name. Presets are functions; a variant is a changed copy of what they return."""
+
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from engram_lm.errors import ConfigError
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.twin import twin
+
+RHO = 0.75
+"""Share of sparse parameters that stays with experts: inside the paper's best range, 75-85 %."""
+
+
+def nano_moe() -> EngramLMConfig:
+    """The MoE of `engram demo`: 0.9M active of 5.3M parameters, 6 layers of width 128, 32 experts."""
+    return EngramLMConfig()
+
+
+def nano_engram() -> EngramLMConfig:
+    """Its twin of equal parameters and FLOPs: a quarter of the sparse ones are table rows."""
+    return twin(nano_moe(), RHO)
+
+
+PRESETS = {"nano-moe": nano_moe, "nano-engram": nano_engram}
+
+
+def preset(name: str) -> EngramLMConfig:
+    """ConfigError with the accepted names."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset={name!r}: accepted are {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def configure(config: EngramLMConfig, changes: dict[str, Any]) -> EngramLMConfig:
+    """A configuration with some fields changed; `memory.head_dim` and the like reach inside.
+
+    ConfigError on unknown fields and unfit values.
+    """
+    record = config.to_dict()
+    for key, value in changes.items():
+        place, *path, name = record, *key.split(".")
+        for part in path:
+            place = place.get(part) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or name not in place:
+            raise ConfigError(f"model.{key}={value!r}: no such field in this configuration")
+        place[name] = value
+        if key.startswith("memory.specification."):
+            # Primes and multipliers follow from the rules that have just changed.
+            for derived in ("primes", "multipliers"):
+                record["memory"]["specification"].pop(derived, None)
+    try:
+        return EngramLMConfig.from_dict(record)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model: {reason}") from error

@@ -1,0 +1,167 @@
+"""`engram demo`: a MoE and its Engram twin, trained side by side on the WordNet corpus, and a report.
+
+Equal: P_tot and P_act (to 0.5 %, asserted by twin), tokens, their order, steps, optimisers, learning
+rates, initial seed. Different: a quarter of the sparse parameters are table rows instead of experts.
+The arms take turns, step by step, so that a machine that slows down slows both.
+"""
+
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from engram_lm.analysis.compare import Arm, compare
+from engram_lm.analysis.report import write_report
+from engram_lm.analysis.results import DemoResults, TrainingLog
+from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.model.budget import ledger
+from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.model.presets import preset
+from engram_lm.train import corpus
+from engram_lm.train.config import TrainConfig
+from engram_lm.train.loop import Run, machine, read_metrics, train
+
+ARMS = {"MoE": "nano-moe", "Engram": "nano-engram"}
+
+
+def demo(config: TrainConfig, out: Path, console: Console, command: str) -> DemoResults:
+    """Trains what is not trained yet, analyses, and writes report.html and report.json into `out`.
+
+    Run again, it takes up where it was interrupted; finished arms are not trained again.
+    """
+    tokenizer = corpus.tokenizer()
+    canonical = CanonicalMap.from_tokenizer(tokenizer)
+    with console.status("tokenising the WordNet corpus"):
+        training = corpus.tokens("train", config.tokens + 1, seed=0)
+        validation = corpus.tokens("validation", seed=0)
+    token_bytes = corpus.token_bytes()
+    runs = {
+        name: Run(
+            make_model(preset_name, canonical, config.seed),
+            tokenizer,
+            config,
+            out / preset_name,
+            training_ids=training.ids,
+            validation_ids=validation.ids,
+            token_bytes=token_bytes,
+        )
+        for name, preset_name in ARMS.items()
+    }
+    train(list(runs.values()), list(runs))
+    arms = {name: Arm(name=name, model=run.model, log=training_log(run)) for name, run in runs.items()}
+    for run in runs.values():
+        run.close()
+    with console.status("analysing") as status:
+        results = compare(
+            arms["MoE"],
+            arms["Engram"],
+            tokenizer,
+            training_ids=training.ids,
+            validation_ids=validation.ids,
+            token_bytes=token_bytes,
+            context=config.context,
+            seed=config.seed,
+            command=command,
+            settings=settings(config, runs),
+            machine={**machine(), "system": platform.platform()},
+            autocast=torch.bfloat16 if config.precision == "bf16" else None,
+            progress=status.update,
+        )
+        write_report(out, results)
+    return results
+
+
+def make_model(preset_name: str, canonical: CanonicalMap, seed: int) -> EngramLMForCausalLM:
+    """A fresh model of a preset, its weights drawn from `seed`, ready to be addressed."""
+    torch.manual_seed(seed)
+    model = EngramLMForCausalLM(preset(preset_name))
+    if model.config.memory is not None:
+        model.set_canonical_map(canonical)
+    return model
+
+
+def training_log(run: Run) -> TrainingLog:
+    """What the report needs of a run's metrics.jsonl. Speed is the median step's."""
+    lines = read_metrics(run.out)
+    return TrainingLog(
+        ledger=ledger(run.model.config, run.config.context).to_dict(),  # type: ignore[arg-type]
+        curve=[
+            {"step": line["step"], "tokens": line["tokens"], "loss": line["loss"]} for line in lines
+        ],
+        validation=[
+            {
+                "step": line["step"],
+                "tokens": line["tokens"],
+                "loss": line["validation_loss"],
+                "bpb": line["validation_bpb"],
+            }
+            for line in lines
+            if "validation_loss" in line
+        ],
+        tokens_per_second=statistics.median(line["tokens_per_second"] for line in lines),
+        seconds=run.seconds,
+    )
+
+
+def settings(config: TrainConfig, runs: dict[str, Run]) -> dict[str, Any]:
+    """What was trained and how, label -> value, for a reader."""
+    moe, engram = (run.model.config for run in runs.values())
+    memory = engram.memory_config
+    assert memory is not None
+    specification = memory.specification
+    return {
+        "Text": "WordNet 3.0 as prose; validation entries share no gloss with training",
+        "Tokenizer": f"byte-level BPE, {moe.vocab_size:,} ids, {specification.vocabulary.canonical_ids:,} canonical",  # type: ignore[union-attr]
+        "Tokens trained on, each arm": f"{config.steps * config.batch * config.context:,}",
+        "Steps": f"{config.steps} of {config.batch} sequences x {config.context} tokens",
+        "Backbone": (
+            f"{moe.num_hidden_layers} layers, width {moe.hidden_size}, {moe.streams} stream, "
+            f"MLA with {moe.num_attention_heads} heads"
+        ),
+        "Experts, MoE": _experts(moe),
+        "Experts, Engram": _experts(engram),
+        "Memory": (
+            f"layers {', '.join(map(str, specification.layers))} (from zero), orders 2 to "
+            f"{specification.max_order}, {specification.heads} heads per order, about "
+            f"{specification.rows_per_head[0]:,} rows x {memory.head_dim} values a head"
+        ),
+        "Optimiser": (
+            f"Muon for matrices, Adam for the rest, learning rate {config.lr:g}; tables row Adam at "
+            f"{config.table_lr_multiplier:g} times that; weight decay {config.weight_decay:g} "
+            "(matrices only)"
+        ),
+        "Precision": config.precision,
+    }
+
+
+def _experts(config: Any) -> str:
+    return (
+        f"{config.n_routed_experts} of width {config.moe_intermediate_size}, top "
+        f"{config.num_experts_per_tok}, and a shared one of width {config.shared_intermediate_size}"
+    )
+
+
+def summary(results: DemoResults) -> dict[str, Any]:
+    """The report's numbers on one line: the last line that `engram demo` prints."""
+    moe, engram, off = results.moe, results.engram, results.memory_off
+    return {
+        "command": "demo",
+        "seed": results.seed,
+        "moe_loss": moe.evaluation.loss,
+        "moe_bpb": moe.evaluation.bpb,
+        "engram_loss": engram.evaluation.loss,
+        "engram_bpb": engram.evaluation.bpb,
+        "engram_memory_off_loss": off.loss,
+        "engram_memory_off_bpb": off.bpb,
+        "difference_loss": results.difference,
+        "difference_error": results.difference_error,
+        "moe_tokens_per_second": moe.log.tokens_per_second,
+        "engram_tokens_per_second": engram.log.tokens_per_second,
+        "moe_ledger": moe.log.ledger,
+        "engram_ledger": engram.log.ledger,
+        "difference_by_band": results.difference_bands,
+        "validation_tokens": results.validation_tokens,
+    }

@@ -1,0 +1,63 @@
+"""How a model is trained. Plain values, checked; saved beside every result."""
+
+from dataclasses import dataclass
+
+from engram_lm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Raises ConfigError. Shares are of all steps."""
+
+    tokens: int = 1_100_000
+    """To train on, counted with repeats; cut down to whole steps."""
+    batch: int = 16
+    """Sequences per step."""
+    context: int = 256
+    """Tokens per sequence."""
+    seed: int = 0
+    """Of initial weights and of the order of the data."""
+    lr: float = 4e-3
+    table_lr_multiplier: float = 5.0
+    weight_decay: float = 0.1
+    """Of Muon's matrices; embeddings, norms and tables have none."""
+    warmup: float = 0.05
+    """Share of linear warm-up."""
+    decay_at: tuple[float, ...] = (0.8, 0.9)
+    """Shares after which the learning rate falls to decay_factor of what it was."""
+    decay_factor: float = 0.316
+    clip: float = 1.0
+    """Joint norm of all gradients, rows included."""
+    balance_rate: float = 1e-3
+    precision: str = "bf16"
+    evaluate_every: int = 25
+    """Steps between validations, and one at the end."""
+    validation_tokens: int = 16_384
+    """Used during training; the end uses all there are."""
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "evaluate_every", "validation_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        for name in ("lr", "table_lr_multiplier", "clip", "decay_factor"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: above 0")
+        if self.steps < 1:
+            raise ConfigError(
+                f"tokens={self.tokens}: one step takes batch * context = {self.batch * self.context}"
+            )
+        if not 0 <= self.warmup < 1 or any(not 0 < share <= 1 for share in self.decay_at):
+            raise ConfigError(f"warmup={self.warmup}, decay_at={self.decay_at}: shares of all steps")
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"precision={self.precision!r}: accepted are bf16 and fp32")
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.batch * self.context)
+
+    def factor(self, step: int) -> float:
+        """What the learning rates are multiplied with in this step (zero-based)."""
+        done = (step + 1) / self.steps
+        rise = min(1.0, done / self.warmup) if self.warmup else 1.0
+        return rise * self.decay_factor ** sum(done > share for share in self.decay_at)

@@ -1,0 +1,117 @@
+"""Which parameter gets which update: Muon, Adam, or row Adam; and the norm of all their gradients.
+
+Section 4.1 of arXiv 2601.07372: Muon for matrices, Adam for the rest, tables Adam at 5 times the
+learning rate without weight decay.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+from engram_lm.memory.table import Table
+from engram_lm.train.row_adam import RowAdam
+from engram_lm.train.stacked_muon import StackedMuon
+
+BETAS = (0.9, 0.95)
+
+
+class Groups(NamedTuple):
+    """Every trainable parameter of a model, once."""
+
+    matrices: list[nn.Parameter]
+    """(out, in), for Muon."""
+    stacks: list[nn.Parameter]
+    """Experts, (E, out, in), for Muon one by one."""
+    others: list[nn.Parameter]
+    """Embedding, head, router, mHC, norms, biases and conv, for Adam."""
+    tables: list[Table]
+    """Rows, for row Adam."""
+
+
+def groups(model: nn.Module) -> Groups:
+    """Sorts a model's parameters by the kind of update they get."""
+    result = Groups([], [], [], [])
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, Table):
+            if module.weight.requires_grad:
+                result.tables.append(module)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            if isinstance(module, DeepseekV3Experts):
+                result.stacks.append(parameter)
+            elif isinstance(module, nn.Linear) and name == "weight" and module is not head:
+                result.matrices.append(parameter)
+            else:
+                result.others.append(parameter)
+    return result
+
+
+class Optimizers:
+    """The four of them as one. Learning rates are `factor` times what they were made with."""
+
+    def __init__(
+        self, model: nn.Module, *, lr: float, table_lr_multiplier: float, weight_decay: float
+    ) -> None:
+        self.groups = groups(model)
+        each: dict[str, torch.optim.Optimizer] = {}
+        if self.groups.matrices:
+            each["muon"] = torch.optim.Muon(
+                self.groups.matrices,
+                lr=lr,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        if self.groups.stacks:
+            each["stacked_muon"] = StackedMuon(self.groups.stacks, lr, weight_decay)
+        if self.groups.others:
+            each["adam"] = torch.optim.Adam(self.groups.others, lr, betas=BETAS, fused=True)
+        if self.groups.tables:
+            each["row_adam"] = RowAdam(self.groups.tables, lr * table_lr_multiplier, betas=BETAS)
+        self.each = each
+        self._base = {name: optimizer.param_groups[0]["lr"] for name, optimizer in each.items()}
+
+    def set_factor(self, factor: float) -> None:
+        """Scales every learning rate; the schedule calls it each step."""
+        for name, optimizer in self.each.items():
+            optimizer.param_groups[0]["lr"] = self._base[name] * factor
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales all gradients, of rows too, so that their joint norm is at most max_norm; returns it."""
+        gradients = self._gradients()
+        norm = get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        parameters = [*self.groups.matrices, *self.groups.stacks, *self.groups.others]
+        dense = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        rows = [
+            table.row_gradient.values_UE
+            for table in self.groups.tables
+            if table.row_gradient is not None
+        ]
+        return [*dense, *rows]
+
+    def step(self) -> None:
+        for optimizer in self.each.values():
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.each.values():
+            optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self.each.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, optimizer in self.each.items():
+            optimizer.load_state_dict(state[name])
