@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. A user's mistake is one line on stderr and exit status 2."""
+"""The command line: parse, call, print. A user's mistake is one line on stderr, exit status 2."""
 
 import argparse
 import json
@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON and nothing else")
         return added
 
-    add = verb("demo", run_demo, "Train a MoE and its Engram twin on WordNet; write a report.").add_argument
+    add = verb(
+        "demo", run_demo, "Train a MoE and its Engram twin on WordNet; write a report."
+    ).add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="directory (default: %(default)s)")
     add("--tokens", type=int, default=1_100_000, help="per arm (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
@@ -63,10 +65,20 @@ def parser() -> argparse.ArgumentParser:
     _set(add, "train.lr=0.002, model.hidden_size=256")
 
     add = verb("generate", run_generate, "Continue a text, streamed.").add_argument
-    add("--model", type=Path, default=Path("runs/demo/nano-engram/model"), help="directory (default: %(default)s)")
+    add(
+        "--model",
+        type=Path,
+        default=Path("runs/demo/nano-engram/model"),
+        help="directory (default: %(default)s)",
+    )
     add("--prompt", required=True, help="text to continue; - reads it from standard input")
     add("--tokens", type=int, default=64, help="most new tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     add("--memory", choices=("on", "off"), default="on", help="off: the backbone alone")
 
@@ -76,9 +88,15 @@ def parser() -> argparse.ArgumentParser:
     add("--text", help="text to tokenise, without special tokens")
     add("--ids", help="token ids instead, as 1,2,3")
     add("--history", default="", help="token ids before them, oldest first")
-    add("--masked", default="", help="positions of image tokens: they and what is older are blocked")
+    add(
+        "--masked", default="", help="positions of image tokens: they and what is older are blocked"
+    )
     add("--document-starts", default="", help="positions of first tokens of documents")
-    add("--save", type=Path, help="also write the specification, bound to the tokenizer, to FILE.json")
+    add(
+        "--save",
+        type=Path,
+        help="also write the specification, bound to the tokenizer, to FILE.json",
+    )
 
     add = verb("budget", run_budget, "Print where parameters and FLOPs are.").add_argument
     add("--preset", default="nano-engram", help="nano-moe or nano-engram (default: %(default)s)")
@@ -90,7 +108,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _set(add: Callable[..., Any], example: str) -> None:
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any other setting: {example}")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"any other setting: {example}",
+    )
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -126,7 +150,9 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     changes = _settings(arguments.set, ("train", "model"))
     torch = _prepare(arguments.threads)
-    config = _train_config(TrainConfig(tokens=arguments.tokens, seed=arguments.seed), changes["train"])
+    config = _train_config(
+        TrainConfig(tokens=arguments.tokens, seed=arguments.seed), changes["train"]
+    )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': this machine has none; accepted here is cpu")
     if arguments.device not in ("cpu", "cuda"):
@@ -148,7 +174,10 @@ def run_train(arguments: argparse.Namespace) -> None:
         token_bytes=corpus.token_bytes(),
     )
     if not arguments.json:
-        print(f"engram train: {arguments.preset}, step {run.step_number} of {config.steps}, into {arguments.out}")
+        print(
+            f"engram train: {arguments.preset}, step {run.step_number} of {config.steps}, "
+            f"into {arguments.out}"
+        )
     train([run], [arguments.preset])
     run.close()
     last = read_metrics(arguments.out)[-1]
@@ -165,10 +194,13 @@ def run_generate(arguments: argparse.Namespace) -> None:
     torch = _prepare(None)
     if arguments.tokens < 1 or arguments.temperature < 0:
         raise ConfigError(
-            f"tokens={arguments.tokens}, temperature={arguments.temperature}: at least 1, and 0 or more"
+            f"tokens={arguments.tokens}, temperature={arguments.temperature}: "
+            "at least 1, and 0 or more"
         )
     if not (arguments.model / "config.json").is_file():
-        raise DataError(f"{arguments.model}: no config.json; `engram demo` or `engram train` makes a model")
+        raise DataError(
+            f"{arguments.model}: no config.json; `engram demo` or `engram train` makes a model"
+        )
     model = EngramLMForCausalLM.from_pretrained(arguments.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.memory == "off" and model.config.memory is None:
@@ -189,7 +221,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     new = out[0, len(ids) :].tolist()
     if arguments.json:
         text = tokenizer.decode(new, skip_special_tokens=True)
-        print(json.dumps({"prompt": prompt, "text": text, "token_ids": new, "memory": arguments.memory}))
+        print(
+            json.dumps(
+                {"prompt": prompt, "text": text, "token_ids": new, "memory": arguments.memory}
+            )
+        )
 
 
 def run_rows(arguments: argparse.Namespace) -> None:
@@ -219,7 +255,7 @@ def run_rows(arguments: argparse.Namespace) -> None:
     bound = addresses.specification
     if arguments.save is not None:
         bound.save(arguments.save)
-    layers = {}
+    layers: dict[str, dict[str, Any]] = {}
     for index, layer in enumerate(bound.layers):
         table_rows = rows[index, 0]
         head_rows = table_rows - torch.tensor(bound.offsets(layer))
@@ -238,8 +274,10 @@ def run_rows(arguments: argparse.Namespace) -> None:
         return
     console = Console()
     console.print(f"{arguments.spec}: specification {bound.digest}", soft_wrap=True)
-    for layer, kinds in layers.items():
-        grid = Grid("position", "token id", "canonical id", "token", "table rows", title=f"layer {layer}")
+    for name, kinds in layers.items():
+        grid = Grid(
+            "position", "token id", "canonical id", "token", "table rows", title=f"layer {name}"
+        )
         for position, row in enumerate(kinds["table_rows"]):
             token = backend.decode([ids[position]], skip_special_tokens=False)
             cells = (str(position), str(ids[position]), str(canonical[position]), repr(token))
@@ -264,7 +302,9 @@ def run_budget(arguments: argparse.Namespace) -> None:
     config = configure(config, _settings(arguments.set, ("model",))["model"])
     ledgers = {name: ledger(config, arguments.context)}
     if arguments.rho is not None:
-        ledgers[f"twin at rho {arguments.rho:g}"] = ledger(twin(config, arguments.rho), arguments.context)
+        ledgers[f"twin at rho {arguments.rho:g}"] = ledger(
+            twin(config, arguments.rho), arguments.context
+        )
     if arguments.json:
         first, *others = ({"name": key, **value.to_dict()} for key, value in ledgers.items())
         print(json.dumps({**first, "twin": others[0]} if others else first))
@@ -277,7 +317,9 @@ def run_budget(arguments: argparse.Namespace) -> None:
         grid.add_row("P_tot, P_act", f"{value.p_tot:,}", f"{value.p_act:,}", f"{value.flops:,}")
         Console().print(grid)
         rho = "none" if value.rho is None else f"{value.rho:.1%}"
-        print(f"rho {rho}, tables {value.tables:,}, optimiser {value.optimizer_bytes / 1e6:,.1f} MB")
+        print(
+            f"rho {rho}, tables {value.tables:,}, optimiser {value.optimizer_bytes / 1e6:,.1f} MB"
+        )
 
 
 def _specification(name: str) -> Any:
@@ -300,7 +342,9 @@ def _integers(option: str, text: str) -> list[int]:
         try:
             values.append(int(part))
         except ValueError:
-            raise AddressError(f"{option}: {part!r} at position {position} is not an integer") from None
+            raise AddressError(
+                f"{option}: {part!r} at position {position} is not an integer"
+            ) from None
         if not -(2**63) <= values[-1] < 2**63:
             raise AddressError(f"{option}: {part} at position {position} does not fit in 64 bits")
     return values

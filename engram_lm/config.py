@@ -17,8 +17,8 @@ FLOAT32_EPS = 1.1920928955078125e-07
 class FusionConfig:
     """How vectors become a residual update. Raises ConfigError.
 
-    gate `plain`: equation 4 of the paper; `signed_sqrt`: a signed square root around the logit, as in
-    the public demo; `signed_sqrt_copysign`: the same as DeepSeek-V4.1 writes it.
+    gate `plain`: equation 4 of the paper; `signed_sqrt`: a signed square root around the logit, as
+    in the public demo; `signed_sqrt_copysign`: the same as DeepSeek-V4.1 writes it.
     """
 
     gate: str = "signed_sqrt"
@@ -121,10 +121,8 @@ def deepseek_v41() -> MemoryConfig:
 
 
 def nano() -> MemoryConfig:
-    """The memory of `engram demo`: two layers, 16 heads of 8 values each; rows are set by its twin."""
+    """The memory of `engram demo`: two layers, 16 heads of 8 values; its twin sets the rows."""
     return MemoryConfig(
-        specification=Specification(
-            layers=(1, 3), rows_per_head=(4_000, 4_000), heads=8, pad_id=1
-        ),
+        specification=Specification(layers=(1, 3), rows_per_head=(4_000, 4_000), heads=8, pad_id=1),
         head_dim=8,
     )

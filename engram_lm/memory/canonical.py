@@ -1,7 +1,8 @@
 """Token id -> canonical id: tokens that differ in case, accents, form or white space share one id.
 
-A pure function of the tokenizer (section 2.2 of arXiv 2601.07372). Each token is decoded on its own by the raw
-backend, without any clean-up, and normalised; ids are handed out in the order in which the keys are first seen.
+A pure function of the tokenizer (section 2.2 of arXiv 2601.07372). Each token is decoded on its own
+by the raw backend, without any clean-up, and normalised; ids are handed out in the order in which
+the keys are first seen.
 """
 
 import hashlib
@@ -63,7 +64,8 @@ class CanonicalMap:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "CanonicalMap":
-        """From a tokenizers.Tokenizer, a fast transformers tokenizer, a tokenizer.json, or a directory with one.
+        """From a tokenizers.Tokenizer, a fast transformers tokenizer, a tokenizer.json, or a
+        directory with one.
 
         0.6 s for 129,280 ids. DataError where there is no fast tokenizer.
         """
@@ -77,7 +79,7 @@ class CanonicalMap:
         ids = []
         for token_id, text in enumerate(texts):
             if "\ufffd" in text:  # half a character: its raw form is all there is to tell it by
-                key = backend.id_to_token(token_id)
+                key = str(backend.id_to_token(token_id))
             else:
                 key = _NORMALIZER.normalize_str(text) or text
             ids.append(classes.setdefault(key, len(classes)))
@@ -88,13 +90,14 @@ class CanonicalMap:
         other = CanonicalMap.from_tokenizer(tokenizer)
         if other.sha256 != self.sha256:
             raise MismatchError(
-                f"the tokenizer's canonical map is not the model's: tokenizer sha256 {other.sha256} "
+                f"the tokenizer's canonical map is not the model's: tokenizer sha256 "
+                f"{other.sha256} "
                 f"({other.canonical_ids} of {other.token_ids} ids), model sha256 {self.sha256} "
                 f"({self.canonical_ids} of {self.token_ids} ids)"
             )
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `canonical_map.safetensors`, its checksum in the metadata; aside first, then renamed."""
+        """Writes `canonical_map.safetensors`, checksum in the metadata; aside, then renamed."""
         path = Path(directory) / FILE_NAME
         aside = path.with_suffix(".partial")
         save_file({"canonical_ids": self.ids_V}, aside, metadata={"sha256": self.sha256})
@@ -103,7 +106,7 @@ class CanonicalMap:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CanonicalMap":
-        """Reads a file of `save`. DataError where it is missing, damaged or not what its checksum says."""
+        """Reads a file of `save`. DataError if missing, damaged or not what its checksum says."""
         try:
             with safe_open(path, "pt") as file:
                 recorded = (file.metadata() or {}).get("sha256")
@@ -118,7 +121,7 @@ class CanonicalMap:
 
 
 def backend_of(tokenizer: Any) -> Tokenizer:
-    """The `tokenizers` backend of a tokenizer object, file or directory. DataError where there is none."""
+    """The `tokenizers` backend of a tokenizer object, file or directory; DataError if none."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if isinstance(tokenizer, str | os.PathLike):

@@ -1,7 +1,7 @@
 """Vectors -> residual update: project, gate by the hidden state, short convolution.
 
-Shapes: B sequences, T tokens, S streams, D width, M memory width (all rows of a position), W window.
-Equations 3 to 5 of arXiv 2601.07372; the module sees tensors only.
+Shapes: B sequences, T tokens, S streams, D width, M memory width (all rows of a position), W
+window. Equations 3 to 5 of arXiv 2601.07372; the module sees tensors only.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from engram_lm.memory.window import Window
 
 
 class Fused(NamedTuple):
-    """update_BTSD: what is added to the hidden states. tail_BWSD: conv inputs of the window, if any."""
+    """update_BTSD: added to the hidden states. tail_BWSD: conv inputs of the window, if any."""
 
     update_BTSD: Tensor
     tail_BWSD: Tensor | None
@@ -35,8 +35,8 @@ class Gate(nn.Module):
     def forward(self, hidden_BTSD: Tensor, key_BTSD: Tensor, weight_SD: Tensor) -> Tensor:
         """sigmoid of RMSNorm(hidden) . RMSNorm(key) / sqrt(D), both norms' weights in weight_SD.
 
-        The weights only ever appear as a product (DeepSeek-V4.1 stores them so); float32 throughout,
-        float64 if the hidden states are.
+        The weights only ever appear as a product (DeepSeek-V4.1 stores them so); float32
+        throughout, float64 if the hidden states are.
         """
         dtype = torch.promote_types(hidden_BTSD.dtype, torch.float32)
         hidden_BTSD, key_BTSD = hidden_BTSD.to(dtype), key_BTSD.to(dtype)

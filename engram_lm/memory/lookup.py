@@ -30,7 +30,7 @@ class Memory:
     def start(
         self, token_ids_BT: Tensor, history_BH: Tensor | None = None, **masks: Any
     ) -> "Pending":
-        """Requests the rows of all layers; arguments as for Addresses.rows. Does not wait for any."""
+        """Requests the rows of all layers and waits for none; arguments as for Addresses.rows."""
         return self.start_window(self.addresses.open(token_ids_BT, history_BH, **masks))
 
     def start_window(self, window: Window) -> "Pending":

@@ -1,8 +1,8 @@
 """Token ids -> row numbers: integers only, exact, and without state.
 
-Shapes: L layers, B sequences, T tokens, W positions of the window, K heads per order, H heads per layer.
-mix(order n) = XOR over s < n of canonical(t - s) * multiplier[s]; head h of order n reads row
-mix mod prime(n, h) of its own part of the layer's table. Section 2.2 of arXiv 2601.07372.
+Shapes: L layers, B sequences, T tokens, W positions of the window, K heads per order, H heads per
+layer. mix(order n) = XOR over s < n of canonical(t - s) * multiplier[s]; head h of order n reads
+row mix mod prime(n, h) of its own part of the layer's table. Section 2.2 of arXiv 2601.07372.
 
 This is the readable twin that also runs on a GPU; everything faster must equal it.
 """
@@ -37,7 +37,8 @@ class Addresses:
         self.canonical = canonical
         if self.specification.pad_id >= canonical.token_ids:
             raise ConfigError(
-                f"pad_id={specification.pad_id}: the tokenizer has ids 0 to {canonical.token_ids - 1}"
+                f"pad_id={specification.pad_id}: the tokenizer has ids 0 to "
+                f"{canonical.token_ids - 1}"
             )
         self._by_device: dict[torch.device, _Constants] = {}
 
@@ -56,7 +57,8 @@ class Addresses:
     ) -> Tensor:
         """Row numbers in each layer's whole table, (L, B, T, H) int64, heads order-major.
 
-        history_BH: token ids before these, oldest first, any number; EMPTY (-1) where there is none.
+        history_BH: token ids before these, oldest first, any number; EMPTY (-1) where there is
+        none.
         padding: bool (B, T), True where there is no token; looking back steps over it.
         masked: bool (B, T), True at image tokens: they and everything older count as pad.
         document_starts: bool (B, T), True at first tokens; the boundary rule says what they do.

@@ -41,15 +41,16 @@ class RowFormat:
     def decode(self, bytes_MR: Tensor) -> Tensor:
         """(M, R) uint8 -> (M, E) values: of `dtype` as they are, or scaled, then in bfloat16.
 
-        An e4m3 value times a power of two is exact in bfloat16.
+        An e4m3 value times a power of two is exact in bfloat16, short of its ends.
         """
         assert bytes_MR.dtype == torch.uint8 and bytes_MR.shape[-1] == self.row_bytes
         if self.scale_group is None:
             return bytes_MR.view(self.dtype)
         values_MGE = bytes_MR[:, : self.value_bytes].contiguous().view(self.dtype)
         values_MGE = values_MGE.float().unflatten(-1, (-1, self.scale_group))
-        exponents_MG = bytes_MR[:, self.value_bytes :].to(torch.int32) - 127
-        return torch.ldexp(values_MGE, exponents_MG[..., None]).flatten(1).bfloat16()
+        # The byte is a float32's exponent field, which is how the released engines read it.
+        scales_MG = (bytes_MR[:, self.value_bytes :].to(torch.int32) << 23).view(torch.float32)
+        return (values_MGE * scales_MG[..., None]).flatten(1).bfloat16()
 
 
 class RowStore(Protocol):

@@ -1,8 +1,8 @@
 """How token ids become row numbers: the rules, the constants they give, and their file format.
 
-A `Specification` states rules only. `bind` adds the vocabulary it is used with, and from then on the
-multipliers exist too, because they depend on the number of canonical ids. Two engines that hold equal
-specifications read equal rows; `digest` is what a checkpoint records to say so.
+A `Specification` states rules only. `bind` adds the vocabulary it is used with, and from then on
+the multipliers exist too, because they depend on the number of canonical ids. Two engines that hold
+equal specifications read equal rows; `digest` is what a checkpoint records to say so.
 
 Source: section 2.2 of arXiv 2601.07372, its public demo, and DeepSeek-V4.1.
 """
@@ -25,7 +25,8 @@ FORMAT = "engram-specification"
 VERSION = 1
 INT64_MAX = 2**63 - 1
 
-# Each rule is one line of a table, so that a file of a later version fails by name and not by a wrong row.
+# Each rule is one line of a table, so that a file of a later version fails by name and not by a
+# wrong row.
 MULTIPLIER_RULES = ("pcg64",)
 PRIME_RULES = ("distinct",)
 BOUNDARY_RULES = ("cross", "document")
@@ -45,10 +46,11 @@ class Vocabulary:
 class Specification:
     """Which rows an n-gram reads, in every layer, order and head. Raises ConfigError.
 
-    multiplier_rule `pcg64`: odd multipliers from numpy's default_rng(seed + 10007 * layer), bounded so that
-    canonical id * multiplier stays below 2^63 (demo, DeepSeek-V4.1).
-    prime_rule `distinct`: the next primes from rows_per_head on that no earlier layer, order or head has.
-    boundary_rule `cross`: n-grams run across document starts (demo); `document`: they stop there (DeepSeek-V4.1).
+    multiplier_rule `pcg64`: odd multipliers from numpy's default_rng(seed + 10007 * layer), bounded
+    so that canonical id * multiplier stays below 2^63 (demo, DeepSeek-V4.1).
+    prime_rule `distinct`: the next primes from rows_per_head on that no earlier layer, order or
+    head has. boundary_rule `cross`: n-grams run across document starts (demo); `document`: they
+    stop there (DeepSeek-V4.1).
     """
 
     layers: tuple[int, ...]
@@ -138,7 +140,7 @@ class Specification:
 
     @cached_property
     def multipliers(self) -> dict[int, tuple[int, ...]]:
-        """Layer -> N odd int64 multipliers; [0] is the current token's, [s] that of the token s back."""
+        """Layer -> N odd multipliers; [0] is the current token's, [s] that of s tokens back."""
         if self.vocabulary is None:
             raise ConfigError(
                 "vocabulary=None: multipliers depend on it; call bind(canonical_map) first"
@@ -164,16 +166,18 @@ class Specification:
         if self.vocabulary is not None and self.vocabulary != vocabulary:
             raise MismatchError(
                 "the tokenizer's canonical map is not the specification's: tokenizer "
-                f"sha256 {vocabulary.sha256} ({vocabulary.canonical_ids} of {vocabulary.token_ids} ids), specification "
-                f"sha256 {self.vocabulary.sha256} ({self.vocabulary.canonical_ids} of {self.vocabulary.token_ids} ids)"
+                f"sha256 {vocabulary.sha256} ({vocabulary.canonical_ids} of "
+                f"{vocabulary.token_ids} ids), specification "
+                f"sha256 {self.vocabulary.sha256} ({self.vocabulary.canonical_ids} of "
+                f"{self.vocabulary.token_ids} ids)"
             )
         return replace(self, vocabulary=vocabulary)
 
     def to_dict(self) -> dict[str, Any]:
         """The file format: rules, vocabulary and constants as plain values.
 
-        Numbers that may exceed 2^53 are decimal strings: a JSON reader that keeps doubles would round them, and a
-        rounded multiplier gives another row that looks as good.
+        Numbers that may exceed 2^53 are decimal strings: a JSON reader that keeps doubles would
+        round them, and a rounded multiplier gives another row that looks as good.
         """
         record: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(self)}
         record["layers"] = list(self.layers)
@@ -198,7 +202,8 @@ class Specification:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Specification":
-        """The specification a file holds. ConfigError on unknown keys, and where rules and constants disagree."""
+        """The specification a file holds. ConfigError where rules and constants disagree, or on
+        unknown keys."""
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ConfigError(f"not an {FORMAT} file: its key 'format' must be '{FORMAT}'")
         if record.get("version") != VERSION:

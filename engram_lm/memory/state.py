@@ -13,8 +13,8 @@ from engram_lm.memory.window import EMPTY, Window
 class DecodingState:
     """The last `keep` positions of each sequence, padding left out.
 
-    keep is the furthest look-back of addressing and convolution: max(N - 1, (kernel - 1) * dilation).
-    With `recording` every position since is kept too, so that `crop` can go back.
+    keep is the furthest look-back of addressing and convolution: max(N - 1, (kernel - 1) *
+    dilation). With `recording` every position since is kept too, so that `crop` can go back.
     """
 
     def __init__(self, keep: int) -> None:
@@ -31,7 +31,8 @@ class DecodingState:
             past = _empty(call.ids_BW, self.keep, documents=call.starts_BW is not None)
         elif past.ids_BW.shape[0] != call.ids_BW.shape[0]:
             raise ValueError(
-                f"{call.ids_BW.shape[0]} sequences after {past.ids_BW.shape[0]}: the cache holds others"
+                f"{call.ids_BW.shape[0]} sequences after {past.ids_BW.shape[0]}: "
+                "the cache holds others"
             )
         return Window(
             torch.cat([past.ids_BW, call.ids_BW], dim=1),
@@ -47,7 +48,8 @@ class DecodingState:
             self._trim()
 
     def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens` positions, and what was recorded before the last `keep` of the rest.
+        """Forgets the last `tokens` positions, and what was recorded before the last `keep` of the
+        rest.
 
         RuntimeError where they were not recorded.
         """

@@ -1,9 +1,9 @@
 """The trainable table of one layer: one address space for all its heads, and its row gradient.
 
 Shapes: M rows asked for, U distinct rows among them, E values per row, R bytes per row.
-A dense gradient of a table would be as large as the table, and a sparse one in `.grad` is refused by
-clip_grad_norm_ and made dense by DDP. So the gradient never goes there: the lookup's backward leaves
-the touched rows here, merged, and the row optimiser takes them.
+A dense gradient of a table would be as large as the table, and a sparse one in `.grad` is refused
+by clip_grad_norm_ and made dense by DDP. So the gradient never goes there: the lookup's backward
+leaves the touched rows here, merged, and the row optimiser takes them.
 """
 
 from typing import NamedTuple

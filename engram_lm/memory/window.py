@@ -13,14 +13,15 @@ from torch import Tensor
 from engram_lm.errors import AddressError
 
 EMPTY = -1
-"""In a history: nothing is there (the text starts later), or a masked token; it blocks what is older."""
+"""In a history: nothing (the text starts later) or a masked token; it blocks what is older."""
 
 
 class Window:
     """H earlier positions and T new ones. Padding is transparent: looking back steps over it.
 
     ids_BW: int64 token ids, EMPTY where there is none. padding_BW: True at padding, or None.
-    starts_BW: True at the first token of a document, or None where documents do not end a look-back.
+    starts_BW: True at the first token of a document, or None where documents do not end a
+    look-back.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Window:
 
     @cached_property
     def order_BW(self) -> Tensor | None:
-        """Permutation that moves padding to the left of all real positions; None if there is none."""
+        """Permutation that moves padding to the left of all real positions; None without any."""
         if self.padding_BW is None or not bool(self.padding_BW.any()):
             return None
         return torch.argsort(~self.padding_BW, dim=1, stable=True)
@@ -48,7 +49,7 @@ class Window:
         return values_BW if self.order_BW is None else _take(values_BW, self.order_BW)
 
     def unpack(self, values_BW: Tensor) -> Tensor:
-        """Packed values of all W positions back to where this call's T tokens stand, (B, T, ...)."""
+        """Packed values of W positions back to where this call's T tokens stand, (B, T, ...)."""
         if self.order_BW is not None:
             values_BW = _take(values_BW, torch.argsort(self.order_BW, dim=1))
         return values_BW[:, self.earlier :]
@@ -64,7 +65,7 @@ class Window:
 
     @cached_property
     def document_BW(self) -> Tensor | None:
-        """Running number of the document of each packed position; None if documents do not matter."""
+        """Running number of each packed position's document; None if documents do not matter."""
         if self.packed_starts_BW is None:
             return None
         return self.packed_starts_BW.cumsum(dim=1)

@@ -22,8 +22,9 @@ class Component:
     total: int
     active: int
     flops: int
-    """Of matrix products and attention, forward, 2 per multiply-add, as torch's FlopCounterMode counts
-    them; norms, gates, activations and the short convolution's taps are elementwise and not in it."""
+    """Of matrix products and attention, forward, 2 per multiply-add, as torch's FlopCounterMode
+    counts them; norms, gates, activations and the short convolution's taps are elementwise and not
+    in it."""
     moment_bytes: int
     counted: bool = True
     """False for token embedding and LM head, which P_tot leaves out."""
@@ -126,9 +127,7 @@ def _matrix(name: str, parameters: int, *, flops: int = 0, moments: int = MUON) 
 
 
 def _vector(name: str, parameters: int) -> Component:
-    return Component(
-        name=name, total=parameters, active=parameters, flops=0, moment_bytes=ADAM
-    )
+    return Component(name=name, total=parameters, active=parameters, flops=0, moment_bytes=ADAM)
 
 
 def _idle(name: str, parameters: int, moments: int) -> Component:
@@ -195,9 +194,7 @@ def _memory(config: EngramLMConfig) -> tuple[Component, ...]:
         conv = layers * S * D * (fusion.conv_kernel or 0)
         norms = layers * S * D * (2 if fusion.conv_kernel is None else 3)
     return (
-        Component(
-            name="table rows active", total=read, active=read, flops=0, moment_bytes=ADAM
-        ),
+        Component(name="table rows active", total=read, active=read, flops=0, moment_bytes=ADAM),
         _idle("table rows inactive", rows - read, ADAM),
         _matrix("Engram projections", projections),
         _vector("Engram conv", conv),

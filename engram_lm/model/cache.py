@@ -7,7 +7,8 @@ from engram_lm.memory.state import DecodingState
 
 
 class StateLayer(DummyLayer):
-    """One more layer at the end of a cache, so that whatever happens to the cache happens to our state.
+    """One more layer at the end of a cache, so that whatever happens to the cache happens to our
+    state.
 
     Not the `hybrid` layer type: other families' models, which can be given a memory too, reject it.
     """
@@ -55,6 +56,7 @@ def decoding_state(cache: Cache, layers: int, keep: int) -> DecodingState:
     if cache.get_seq_length() > 0:
         raise ValueError("the cache holds tokens of a model without memory: start a new one")
     while len(cache.layers) < layers:  # a DynamicCache made without a config grows as it is used
+        assert cache.layer_class_to_replicate is not None
         cache.layers.append(cache.layer_class_to_replicate())
     state = DecodingState(keep)
     cache.layers.append(StateLayer(state))

@@ -15,8 +15,9 @@ from engram_lm.errors import ConfigError
 class EngramLMConfig(DeepseekV3Config):
     """DeepseekV3Config (MLA, DeepSeekMoE, YaRN) with what it lacks. Raises ConfigError.
 
-    Each layer's FFN is dense (`intermediate_size`) or mixture of experts; `streams` residual streams
-    are mixed by mHC (DeepSeek-V4), 1 is the plain residual. Defaults are those of a small model.
+    Each layer's FFN is dense (`intermediate_size`) or mixture of experts; `streams` residual
+    streams are mixed by mHC (DeepSeek-V4), 1 is the plain residual. Defaults are those of a small
+    model.
     """
 
     model_type = "engram_lm"

@@ -33,7 +33,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4HyperConnection,
     DeepseekV4HyperHead,
 )
-from transformers.utils import can_return_tuple, cached_file
+from transformers.utils import cached_file, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -99,7 +99,7 @@ class EngramLMDecoderLayer(GradientCheckpointingLayer):
         reading: Reading | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, T, D), or (B, T, S, D) with more than one stream. vectors: (B, T, M) of this layer."""
+        """(B, T, D), or (B, T, S, D) with more streams than one. vectors: (B, T, M)."""
         if self.engram is not None and vectors is not None:
             assert reading is not None
             hidden_states = hidden_states + self._remember(hidden_states, vectors, reading)
@@ -125,13 +125,14 @@ class EngramLMDecoderLayer(GradientCheckpointingLayer):
 
 
 def _expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    # As in DeepSeek-V4's block: comb is doubly stochastic but not symmetric, and is used transposed.
+    # As in DeepSeek-V4's block: comb is doubly stochastic but not symmetric, and is used
+    # transposed.
     mixed = torch.matmul(comb.to(streams.dtype).transpose(-1, -2), streams)
     return (post.to(output.dtype).unsqueeze(-1) * output.unsqueeze(-2) + mixed).contiguous()
 
 
 class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
-    """What the model and its LM head share: capabilities, initial weights, the canonical map's file."""
+    """What both models share: capabilities, initial weights, the canonical map's file."""
 
     config: EngramLMConfig
     config_class = EngramLMConfig
@@ -178,9 +179,11 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: Any, *inputs: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
-        """As everywhere in transformers. Refuses a canonical map or tokenizer that is not the model's.
+        """As everywhere in transformers. Refuses a canonical map or tokenizer that is not the
+        model's.
 
-        A tokenizer.json beside the weights is always checked, `tokenizer` as well where it is given.
+        A tokenizer.json beside the weights is always checked, `tokenizer` as well where it is
+        given.
         """
         loaded = super().from_pretrained(path, *inputs, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -194,13 +197,14 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
         return loaded
 
     def set_canonical_map(self, canonical: CanonicalMap) -> None:
-        """Gives a model with memory its tokenizer's map. MismatchError if its specification has another."""
+        """Gives a model with memory its tokenizer's map. MismatchError if it has another."""
         memory = self.config.memory_config
         if memory is None:
             raise ConfigError("memory=None: a model without memory has no canonical map")
         if canonical.token_ids > self.config.vocab_size:
             raise MismatchError(
-                f"the canonical map has {canonical.token_ids} ids, vocab_size is {self.config.vocab_size}"
+                f"the canonical map has {canonical.token_ids} ids, vocab_size is "
+                f"{self.config.vocab_size}"
             )
         addresses = Addresses(memory.specification, canonical)
         self.config.memory = replace(memory, specification=addresses.specification).to_dict()
@@ -251,7 +255,7 @@ class EngramLMModel(EngramLMPreTrainedModel):
             )
         return Memory(
             self.addresses,
-            {int(layer): table for layer, table in self.tables.items()},  # type: ignore[misc]
+            {int(layer): table for layer, table in self.tables.items()},
         )
 
     @merge_with_config_defaults
@@ -362,7 +366,7 @@ def _kept(padding: Tensor | None, masked: Tensor | None) -> Tensor | None:
 
 
 class EngramLMForCausalLM(EngramLMPreTrainedModel, GenerationMixin):
-    """The decoder with its LM head: loss, generate, save and load as in every transformers model."""
+    """The decoder with its LM head: loss, generate, save, load as in any transformers model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 

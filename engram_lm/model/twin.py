@@ -16,9 +16,7 @@ from engram_lm.model.config import EngramLMConfig
 TOLERANCE = 0.005
 
 
-def twin(
-    config: EngramLMConfig, rho: float, memory: MemoryConfig | None = None
-) -> EngramLMConfig:
+def twin(config: EngramLMConfig, rho: float, memory: MemoryConfig | None = None) -> EngramLMConfig:
     """The configuration of equal P_tot and P_act, to 0.5 %, whose experts are `rho` of P_sparse.
 
     rho 1 gives a MoE without memory, so `twin(twin(moe, 0.75), 1.0)` leads back. `memory` is the
@@ -31,12 +29,15 @@ def twin(
     sparse_layers = (config.mlp_layer_types or []).count("sparse")
     expert = 3 * config.hidden_size * config.moe_intermediate_size * sparse_layers
     if not goal.p_sparse or not expert:
-        raise ConfigError("a model without routed experts or tables has nothing to move: P_sparse = 0")
+        raise ConfigError(
+            "a model without routed experts or tables has nothing to move: P_sparse = 0"
+        )
     other = copy.deepcopy(config)
     other.n_routed_experts = (config.num_experts_per_tok or 0) + round(rho * goal.p_sparse / expert)
     if other.n_routed_experts % (config.n_group or 1):
         raise ConfigError(
-            f"rho={rho}: gives {other.n_routed_experts} experts, not a multiple of n_group={config.n_group}"
+            f"rho={rho}: gives {other.n_routed_experts} experts, not a multiple of "
+            f"n_group={config.n_group}"
         )
     if rho == 1:
         other.memory = None
@@ -57,15 +58,16 @@ def _pay(config: EngramLMConfig, goal: Ledger) -> None:
     per_unit = ledger(config)["shared expert"].total // width
     width -= round((ledger(config).p_act - goal.p_act) / per_unit)
     if width < 1:
+        price = ledger(config)["Engram projections"].total
         raise ConfigError(
-            f"shared_intermediate_size={config.shared_intermediate_size}: too narrow to pay for the "
-            f"memory's projections, {ledger(config)['Engram projections'].total} active parameters"
+            f"shared_intermediate_size={config.shared_intermediate_size}: too narrow to pay for "
+            f"the memory's projections, {price} active parameters"
         )
     config.shared_intermediate_size = width
 
 
 def _fill(config: EngramLMConfig, memory: MemoryConfig, goal: Ledger) -> None:
-    """Sets the rows per head so that P_tot is nearest to the goal's; bisects, because rows are primes."""
+    """Sets the rows per head so that P_tot is nearest to the goal's. Rows are primes: bisect."""
 
     def with_rows(rows: int) -> int:
         orders = len(memory.specification.rows_per_head)
@@ -91,5 +93,6 @@ def _check(goal: Ledger, found: Ledger) -> None:
     ):
         if abs(got - wanted) > TOLERANCE * wanted:
             raise ConfigError(
-                f"{name}={got}: differs by {got / wanted - 1:+.2%} from {wanted}; at most 0.5 % is a twin"
+                f"{name}={got}: differs by {got / wanted - 1:+.2%} from {wanted}; "
+                "a twin differs by at most 0.5 %"
             )

@@ -1,8 +1,9 @@
-"""`engram demo`: a MoE and its Engram twin, trained side by side on the WordNet corpus, and a report.
+"""`engram demo`: a MoE and its Engram twin, trained side by side on the WordNet corpus, and a
+report.
 
-Equal: P_tot and P_act (to 0.5 %, asserted by twin), tokens, their order, steps, optimisers, learning
-rates, initial seed. Different: a quarter of the sparse parameters are table rows instead of experts.
-The arms take turns, step by step, so that a machine that slows down slows both.
+Equal: P_tot and P_act (to 0.5 %, asserted by twin), tokens, their order, steps, optimisers,
+learning rates, initial seed. Different: a quarter of the sparse parameters are table rows instead
+of experts. The arms take turns, step by step, so that a machine that slows down slows both.
 """
 
 import platform
@@ -51,7 +52,9 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
         for name, preset_name in ARMS.items()
     }
     train(list(runs.values()), list(runs))
-    arms = {name: Arm(name=name, model=run.model, log=training_log(run)) for name, run in runs.items()}
+    arms = {
+        name: Arm(name=name, model=run.model, log=training_log(run)) for name, run in runs.items()
+    }
     for run in runs.values():
         run.close()
     with console.status("analysing") as status:
@@ -112,9 +115,13 @@ def settings(config: TrainConfig, runs: dict[str, Run]) -> dict[str, Any]:
     memory = engram.memory_config
     assert memory is not None
     specification = memory.specification
+    assert specification.vocabulary is not None
     return {
         "Text": "WordNet 3.0 as prose; validation entries share no gloss with training",
-        "Tokenizer": f"byte-level BPE, {moe.vocab_size:,} ids, {specification.vocabulary.canonical_ids:,} canonical",  # type: ignore[union-attr]
+        "Tokenizer": (
+            f"byte-level BPE, {moe.vocab_size:,} ids, "
+            f"{specification.vocabulary.canonical_ids:,} canonical"
+        ),
         "Tokens trained on, each arm": f"{config.steps * config.batch * config.context:,}",
         "Steps": f"{config.steps} of {config.batch} sequences x {config.context} tokens",
         "Backbone": (
@@ -129,7 +136,8 @@ def settings(config: TrainConfig, runs: dict[str, Run]) -> dict[str, Any]:
             f"{specification.rows_per_head[0]:,} rows x {memory.head_dim} values a head"
         ),
         "Optimiser": (
-            f"Muon for matrices, Adam for the rest, learning rate {config.lr:g}; tables row Adam at "
+            f"Muon for matrices, Adam for the rest, learning rate {config.lr:g}; tables "
+            f"row Adam at "
             f"{config.table_lr_multiplier:g} times that; weight decay {config.weight_decay:g} "
             "(matrices only)"
         ),

@@ -1,4 +1,5 @@
-"""Loss-free load balancing: a routing bias, moved after each step towards the experts with less load.
+"""Loss-free load balancing: a routing bias, moved after each step towards the experts with less
+load.
 
 arXiv 2408.15664, used by the paper's backbones. No auxiliary loss, no gradient.
 """
@@ -29,13 +30,13 @@ class Balancer:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Moves the biases by `rate`; returns the largest load of an expert over the mean (1 = even)."""
+        """Moves the biases by `rate`; returns an expert's largest load over the mean (1: even)."""
         worst = 1.0 if not self.routers else 0.0
         for index, router in enumerate(self.routers):
             load = self.loads[index]
             if load is not None:
-                bias = router.e_score_correction_bias
-                bias += self.rate * torch.sign(load.float().mean() - load)
+                direction = torch.sign(load.float().mean() - load)
+                router.e_score_correction_bias.add_(direction, alpha=self.rate)
                 worst = max(worst, float(load.max() / load.float().mean()))
             self.loads[index] = None
         return worst

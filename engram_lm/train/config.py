@@ -11,13 +11,13 @@ class TrainConfig:
 
     tokens: int = 1_100_000
     """To train on, counted with repeats; cut down to whole steps."""
-    batch: int = 16
+    batch: int = 32
     """Sequences per step."""
-    context: int = 256
+    context: int = 128
     """Tokens per sequence."""
     seed: int = 0
     """Of initial weights and of the order of the data."""
-    lr: float = 4e-3
+    lr: float = 1.6e-2
     table_lr_multiplier: float = 5.0
     weight_decay: float = 0.1
     """Of Muon's matrices; embeddings, norms and tables have none."""
@@ -28,9 +28,13 @@ class TrainConfig:
     decay_factor: float = 0.316
     clip: float = 1.0
     """Joint norm of all gradients, rows included."""
-    balance_rate: float = 1e-3
+    balance_rate: float = 0.02
+    """Of the routing bias, per step. The usual 0.001 is for many times as many steps."""
     precision: str = "bf16"
-    evaluate_every: int = 25
+    """bf16 autocast, or fp32."""
+    attention: str = "eager"
+    """Of transformers: eager or sdpa, whose backward is slow on a CPU at short contexts."""
+    evaluate_every: int = 45
     """Steps between validations, and one at the end."""
     validation_tokens: int = 16_384
     """Used during training; the end uses all there are."""
@@ -45,12 +49,18 @@ class TrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: above 0")
         if self.steps < 1:
             raise ConfigError(
-                f"tokens={self.tokens}: one step takes batch * context = {self.batch * self.context}"
+                f"tokens={self.tokens}: one step takes batch * context = "
+                f"{self.batch * self.context}"
             )
         if not 0 <= self.warmup < 1 or any(not 0 < share <= 1 for share in self.decay_at):
-            raise ConfigError(f"warmup={self.warmup}, decay_at={self.decay_at}: shares of all steps")
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError(f"precision={self.precision!r}: accepted are bf16 and fp32")
+            raise ConfigError(
+                f"warmup={self.warmup}, decay_at={self.decay_at}: shares of all steps"
+            )
+        for name, accepted in (("precision", ("bf16", "fp32")), ("attention", ("eager", "sdpa"))):
+            if getattr(self, name) not in accepted:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: accepted are {' and '.join(accepted)}"
+                )
 
     @property
     def steps(self) -> int:

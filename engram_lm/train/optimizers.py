@@ -85,7 +85,7 @@ class Optimizers:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scales all gradients, of rows too, so that their joint norm is at most max_norm; returns it."""
+        """Scales all gradients, rows too, to a joint norm of at most max_norm; returns the norm."""
         gradients = self._gradients()
         norm = get_total_norm(gradients)
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

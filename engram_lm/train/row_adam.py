@@ -15,7 +15,8 @@ class RowAdam(torch.optim.Optimizer):
 
     Bias correction and eps are Adam's, by the count of all steps (torch.optim.SparseAdam's eps is
     not). Untouched rows keep values and moments; where every row is touched, it is Adam.
-    Cost: rows touched, not rows there. Moments take 2 values per table value, zero pages until used.
+    Cost: rows touched, not rows there. Moments take 2 values per table value, zero pages until
+    used.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class RowAdam(torch.optim.Optimizer):
             table.row_gradient = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every table that has a row gradient."""
         loss = None
         if closure is not None:

@@ -1,0 +1,1 @@
+"""Questions about a trained model, and the reports that show the answers."""

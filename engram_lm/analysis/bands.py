@@ -1,0 +1,98 @@
+"""How often an n-gram stood in the training ids, and a loss split by that.
+
+Shapes: T tokens, K distinct n-grams.
+N-grams are of canonical ids and run across document separators, as a memory with the boundary rule
+"cross" addresses them. Counts are exact: no hashing.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from engram_lm.errors import DataError
+
+BANDS = ("never", "1-9", "10-99", "100 and more")
+_STARTS = (0, 1, 10, 100)
+
+Integers = npt.NDArray[np.int64]
+
+
+class BandLoss(TypedDict):
+    """One band's mean and its standard error (of independent tokens), None for too few tokens."""
+
+    band: str
+    tokens: int
+    mean: float | None
+    standard_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NgramCounts:
+    """Every n-gram of one order that a stream of canonical ids holds, and how often."""
+
+    order: int
+    base: int
+    """Canonical ids lie below it."""
+    keys_K: Integers
+    """An n-gram as one number in positional notation, ascending."""
+    counts_K: Integers
+
+    def of(self, canonical_T: npt.NDArray[np.integer]) -> Integers:
+        """How often the n-gram that ends at each position was counted, (T,).
+
+        0 at the first order - 1 positions, where no whole n-gram ends.
+        """
+        counts_T = np.zeros(len(canonical_T), dtype=np.int64)
+        keys = _keys(canonical_T, self.order, self.base)
+        if not len(keys) or not len(self.keys_K):
+            return counts_T
+        places = np.searchsorted(self.keys_K, keys).clip(max=len(self.keys_K) - 1)
+        counts_T[self.order - 1 :] = np.where(self.keys_K[places] == keys, self.counts_K[places], 0)
+        return counts_T
+
+
+def count_ngrams(canonical_T: npt.NDArray[np.integer], order: int, *, base: int) -> NgramCounts:
+    """Counts the n-grams of a stream; base: how many canonical ids there are.
+
+    One sort, about 0.1 s for each million tokens. DataError where base ** order exceeds an int64.
+    """
+    keys_K, counts_K = np.unique(_keys(canonical_T, order, base), return_counts=True)
+    return NgramCounts(order=order, base=base, keys_K=keys_K, counts_K=counts_K.astype(np.int64))
+
+
+def bands(counts: Integers) -> npt.NDArray[np.int8]:
+    """Index into BANDS of each count, in its shape."""
+    return (np.searchsorted(_STARTS, counts, side="right") - 1).astype(np.int8)
+
+
+def loss_by_band(
+    losses_T: npt.NDArray[np.floating], bands_T: npt.NDArray[np.int8]
+) -> list[BandLoss]:
+    """Mean and standard error of the losses in each of BANDS, in their order, empty bands included.
+
+    Differences of two models' losses work as well: the error is then that of the paired difference.
+    """
+    rows = []
+    for index, band in enumerate(BANDS):
+        losses = losses_T[bands_T == index].astype(np.float64)
+        error = float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None
+        mean = float(losses.mean()) if len(losses) else None
+        rows.append(BandLoss(band=band, tokens=len(losses), mean=mean, standard_error=error))
+    return rows
+
+
+def _keys(canonical_T: npt.NDArray[np.integer], order: int, base: int) -> Integers:
+    if base**order > np.iinfo(np.int64).max:
+        raise DataError(
+            f"order={order}: {base} canonical ids give more n-grams than an int64 holds"
+        )
+    if len(canonical_T) and not 0 <= int(canonical_T.min()) <= int(canonical_T.max()) < base:
+        raise DataError(f"canonical ids up to {canonical_T.max()}: they must lie below base={base}")
+    ends = max(0, len(canonical_T) - order + 1)
+    keys = np.zeros(ends, dtype=np.int64)
+    for position in range(order):
+        keys = keys * base + canonical_T[position : position + ends]
+    return keys

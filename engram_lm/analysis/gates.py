@@ -1,0 +1,142 @@
+"""Where a model opens its memory: one gate for each token, Engram layer and stream of a text.
+
+Shapes: L Engram layers, T token ids, S streams, B and D as in the model.
+Figure 7 of arXiv 2601.07372 shows hand-picked gates; here all of them are kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.evaluate.inference import inference
+from engram_lm.memory.fuse import Fused
+from engram_lm.model.modeling import EngramLMForCausalLM
+
+Values = npt.NDArray[np.float32]
+Nested = list[list[list[float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateTrace:
+    """One text's gates as plain values, so that a report can keep them.
+
+    What stands at token t was read by the n-grams that end there, and helps to predict token t + 1.
+    """
+
+    text: str
+    layers: list[int]
+    """Zero-based numbers of the Engram layers."""
+    streams: int
+    ids: list[int]
+    """The T token ids, the separator in front of the text first."""
+    tokens: list[str]
+    """What each id adds to the text. "" where it holds the first bytes of a character only: the
+    whole character stands at its last id. From the second on they join to `text`."""
+    orders: list[int]
+    ngrams: list[list[str]]
+    """Order -> token -> decoded text of the n-gram that ends there, with U+FFFD for cut bytes."""
+    counts: list[list[int]] | None = None
+    """Order -> token -> how often that n-gram stood in the training ids; None if nobody counted."""
+    gates: Nested
+    """Layer -> token -> stream: 0 (shut) to 1 (open)."""
+    contributions: Nested
+    """Layer -> token -> stream: length of what memory adds over length of the hidden state."""
+
+    @property
+    def gates_LTS(self) -> Values:
+        return np.array(self.gates, dtype=np.float32)
+
+    @property
+    def contributions_LTS(self) -> Values:
+        return np.array(self.contributions, dtype=np.float32)
+
+
+def gate_trace(model: EngramLMForCausalLM, tokenizer: Any, text: str) -> GateTrace:
+    """Runs the model once on a separator and the text. `tokenizer`: a fast transformers tokenizer.
+
+    ConfigError for a model without memory, DataError where the text holds no token.
+    """
+    memory = model.config.memory_config
+    if memory is None:
+        raise ConfigError("memory=None: a model without memory has no gates")
+    separator = tokenizer.bos_token_id
+    if separator is None:
+        separator = tokenizer.eos_token_id
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if separator is None or not encoding["input_ids"]:
+        raise DataError(f"text={text!r}: a bos or eos token and at least one token are needed")
+    ids = [separator, *encoding["input_ids"]]
+    layers = list(memory.specification.layers)
+    orders = list(range(2, memory.specification.max_order + 1))
+    with inference(model), _watched(model, layers) as (gates, contributions):
+        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    return GateTrace(
+        text=text,
+        layers=layers,
+        streams=model.config.streams,
+        ids=ids,
+        tokens=[tokenizer.convert_ids_to_tokens(separator), *cut(text, encoding["offset_mapping"])],
+        orders=orders,
+        ngrams=[_ngrams(tokenizer, ids, order) for order in orders],
+        gates=[gates[layer].tolist() for layer in layers],
+        contributions=[contributions[layer].tolist() for layer in layers],
+    )
+
+
+def cut(text: str, offsets: list[tuple[int, int]]) -> list[str]:
+    """What each token adds to the text, given the characters that it touches; they join to it.
+
+    A character that several tokens share stands at the last one, and characters that no token
+    touches at the token behind them, so that nothing is split, lost or said twice.
+    """
+    texts, done = [], 0
+    for token, (_, end) in enumerate(offsets):
+        last = token == len(offsets) - 1
+        stop = len(text) if last else max(done, min(end, offsets[token + 1][0]))
+        texts.append(text[done:stop])
+        done = stop
+    return texts
+
+
+@contextmanager
+def _watched(
+    model: EngramLMForCausalLM, layers: list[int]
+) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    # Layer -> (T, S) of the first sequence that runs inside.
+    gates: dict[int, Tensor] = {}
+    contributions: dict[int, Tensor] = {}
+
+    def watch(stack: ExitStack, layer: int) -> None:
+        fuse = model.model.layers[layer].engram
+
+        def keep_gate(_module: Any, _inputs: Any, gate_BTS: Tensor) -> None:
+            gates[layer] = gate_BTS[0].float().cpu()
+
+        def keep_contribution(_module: Any, inputs: tuple[Any, ...], fused: Fused) -> None:
+            update_TS = fused.update_BTSD[0].float().norm(dim=-1)
+            hidden_TS = inputs[0][0].float().norm(dim=-1)
+            tiny = torch.finfo(torch.float32).tiny  # a hidden state of zeros must not give inf
+            contributions[layer] = (update_TS / hidden_TS.clamp_min(tiny)).cpu()
+
+        stack.callback(fuse.gate.register_forward_hook(keep_gate).remove)
+        stack.callback(fuse.register_forward_hook(keep_contribution).remove)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            watch(stack, layer)
+        yield gates, contributions
+
+
+def _ngrams(tokenizer: Any, ids: list[int], order: int) -> list[str]:
+    ends = range(1, len(ids) + 1)
+    return [
+        tokenizer.decode(ids[max(0, end - order) : end], clean_up_tokenization_spaces=False)
+        for end in ends
+    ]

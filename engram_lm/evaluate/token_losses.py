@@ -1,0 +1,62 @@
+"""The loss of every single token of a long stream, for whatever is to be averaged over later.
+
+Shapes: T token ids in the stream, B windows, C positions in a window, V ids in the vocabulary.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from engram_lm.errors import DataError
+from engram_lm.evaluate.inference import inference
+from engram_lm.model.modeling import EngramLMForCausalLM
+
+
+def token_losses(
+    model: EngramLMForCausalLM,
+    ids_T: npt.NDArray[np.integer],
+    *,
+    context: int,
+    batch: int,
+    autocast: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Losses in nats, (T - 1,): entry t is that of predicting token t + 1, token t read last.
+
+    The stream is cut into windows of `context` inputs, so every token but the first is predicted
+    exactly once. Windows share nothing: a token near the start of one has a short context, and the
+    first n-grams there begin with padding. A longer context gives a lower mean, so compare only
+    losses of one `context`. Logits are made for `batch` windows at once: 4 * batch * context * V
+    bytes. `autocast`: None for the weights' own precision. `progress`: called with tokens so far.
+    To judge the backbone alone, call inside `model.model.without_memory()`.
+    """
+    if len(ids_T) < 2 or context < 1 or batch < 1:
+        raise DataError(
+            f"{len(ids_T)} ids, context={context}, batch={batch}: 2 ids and 1 of each are needed"
+        )
+    losses_T = np.empty(len(ids_T) - 1, dtype=np.float32)
+    with inference(model):
+        for first, last, positions in _batches(len(losses_T), context, batch):
+            window = torch.from_numpy(ids_T[first : last + 1].astype(np.int64)).to(model.device)
+            inputs_BC = window[:-1].view(-1, positions)
+            with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
+                logits_BCV = model(input_ids=inputs_BC, use_cache=False).logits
+            losses = F.cross_entropy(logits_BCV.flatten(0, 1).float(), window[1:], reduction="none")
+            losses_T[first:last] = losses.cpu().numpy()
+            if progress is not None:
+                progress(last)
+    return losses_T
+
+
+def _batches(tokens: int, context: int, batch: int) -> list[tuple[int, int, int]]:
+    # (first, last, positions in each window); what fills no whole window comes last, on its own.
+    whole = tokens // context * context
+    step = batch * context
+    batches = [(first, min(first + step, whole), context) for first in range(0, whole, step)]
+    if whole < tokens:
+        batches.append((whole, tokens, tokens - whole))
+    return batches

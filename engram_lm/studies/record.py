@@ -1,0 +1,53 @@
+"""results/NAME.json: what a study or benchmark measured, and all that is needed to repeat it."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engram_lm.train.loop import machine
+
+_STARTED = time.time()
+
+
+def write_result(
+    name: str, summary: Mapping[str, float], raw: Mapping[str, Any], *, seeds: list[int]
+) -> Path:
+    """Writes results/NAME.json under the working directory, aside first, then renamed.
+
+    summary: flat, name -> number; the only place that README and docs quote from.
+    """
+    record = {
+        "summary": dict(summary),
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "machine": machine(),
+        "seeds": seeds,
+        "wall_seconds": time.time() - _STARTED,
+        "raw": dict(raw),
+    }
+    path = Path("results") / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    os.replace(aside, path)
+    return path
+
+
+def commit() -> str:
+    """The commit checked out, marked if files differ from it; "unknown" without git."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()

@@ -1,0 +1,212 @@
+"""The loop: batches, schedule, logs, and going on bit for bit after being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.model import EngramLMForCausalLM
+from engram_lm.model.presets import configure, nano_engram
+from engram_lm.train import corpus
+from engram_lm.train.batches import Batches
+from engram_lm.train.config import TrainConfig
+from engram_lm.train.loop import Run, read_metrics
+
+CONFIG = TrainConfig(
+    tokens=8 * 4 * 32,
+    batch=4,
+    context=32,
+    lr=4e-3,
+    evaluate_every=3,
+    checkpoint_every=3,
+    validation_tokens=400,
+)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = corpus.tokenizer()
+    return (
+        tokenizer,
+        CanonicalMap.from_tokenizer(tokenizer),
+        corpus.tokens("train", 3000).ids,
+        corpus.tokens("validation", 600).ids,
+        corpus.token_bytes(),
+    )
+
+
+def small_model(canonical: CanonicalMap, seed: int = 0) -> EngramLMForCausalLM:
+    torch.manual_seed(seed)
+    changes = {"hidden_size": 32, "num_hidden_layers": 4, "mlp_layer_types": ["sparse"] * 4}
+    changes |= {"memory.specification.rows_per_head": [97, 97]}
+    model = EngramLMForCausalLM(configure(nano_engram(), changes))
+    model.set_canonical_map(canonical)
+    return model
+
+
+def start(parts, out: Path, config: TrainConfig = CONFIG, training=None) -> Run:
+    tokenizer, canonical, training_ids, validation_ids, token_bytes = parts
+    return Run(
+        small_model(canonical, config.seed),
+        tokenizer,
+        config,
+        out,
+        training_ids=training_ids if training is None else training,
+        validation_ids=validation_ids,
+        token_bytes=token_bytes,
+    )
+
+
+def finish(run: Run) -> Run:
+    while not run.done:
+        run.step()
+    run.close()
+    return run
+
+
+def test_loss_falls_and_everything_is_logged(parts, tmp_path):
+    run = finish(start(parts, tmp_path, replace(CONFIG, tokens=60 * 4 * 32, evaluate_every=20)))
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1
+    assert lines[-1]["validation_bpb"] < lines[19]["validation_bpb"]
+    assert list((tmp_path / "tensorboard").iterdir())
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["train"]["lr"] == CONFIG.lr
+    specification = run.model.model.addresses.specification
+    assert record["specification_sha256"] == specification.digest
+    assert run.model.model.tables["1"].weight.grad is None
+
+
+def test_the_exported_model_is_the_trained_one(parts, tmp_path):
+    run = finish(start(parts, tmp_path))
+    loaded = EngramLMForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokens = torch.randint(2, 8000, (2, 19))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, run.model.eval()(tokens).logits)
+
+
+def states_equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(states_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return all(states_equal(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def final(out: Path) -> dict:
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["seconds"]
+    return state
+
+
+def losses(out: Path) -> list[tuple]:
+    return [(m["step"], m["loss"], m.get("validation_loss")) for m in read_metrics(out)]
+
+
+def test_a_run_that_is_interrupted_goes_on_bit_for_bit(parts, tmp_path):
+    finish(start(parts, tmp_path / "whole"))
+    broken = start(parts, tmp_path / "broken")
+    for _ in range(5):  # two steps past the checkpoint at 3: they are taken again
+        broken.step()
+    broken.close()
+    resumed = start(parts, tmp_path / "broken")
+    assert resumed.step_number == 3
+    finish(resumed)
+    assert states_equal(final(tmp_path / "whole"), final(tmp_path / "broken"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+
+
+def test_a_finished_run_is_not_trained_again(parts, tmp_path):
+    finish(start(parts, tmp_path))
+    assert start(parts, tmp_path).done
+
+
+def test_a_checkpoint_of_other_data_settings_or_model_is_refused(parts, tmp_path):
+    finish(start(parts, tmp_path))
+    with pytest.raises(MismatchError, match="train is"):
+        start(parts, tmp_path, replace(CONFIG, lr=1e-3))
+    with pytest.raises(MismatchError, match="data_sha256"):
+        start(parts, tmp_path, training=parts[2][1:])
+
+
+def test_a_damaged_checkpoint_is_named(parts, tmp_path):
+    finish(start(parts, tmp_path))
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"checkpoint.pt: not a whole checkpoint"):
+        start(parts, tmp_path)
+
+
+def test_a_command_killed_with_sigkill_ends_as_if_it_had_not_been(tmp_path):
+    def command(out: Path) -> list[str]:
+        settings = "batch=4 context=32 checkpoint_every=4 evaluate_every=8 validation_tokens=300"
+        model = 'hidden_size=32 memory.specification.rows_per_head=["97","97"]'
+        sets = [f"--set=train.{pair}" for pair in settings.split()]
+        sets += [f"--set=model.{pair}" for pair in model.split()]
+        base = [sys.executable, "-m", "engram_lm", "train", "--threads=1", "--json"]
+        return [*base, f"--out={out}", "--tokens=5120", *sets]  # 40 steps
+
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(
+        command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists()
+    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, env=environment)
+    assert states_equal(final(tmp_path / "whole"), final(tmp_path / "killed"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+
+
+def test_every_window_is_seen_once_in_each_pass():
+    batches = Batches(np.arange(321, dtype=np.uint16), batch=4, context=32, seed=5)
+    inputs = torch.cat([batches[step][0] for step in range(5)])  # 20 windows, 10 a pass
+    for part in (inputs[:10], inputs[10:]):
+        assert sorted(part.flatten().tolist()) == list(range(320))
+    assert not torch.equal(inputs[:10], inputs[10:])
+    first, later = batches[0]
+    assert torch.equal(first + 1, later)
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    ids = np.arange(3000, dtype=np.uint16)
+    one, other = (Batches(ids, batch=4, context=32, seed=5) for _ in range(2))
+    later = one[7][0]
+    assert torch.equal(later, [other[step] for step in (9, 0, 7)][2][0])
+    assert not torch.equal(later, Batches(ids, batch=4, context=32, seed=6)[7][0])
+
+
+def test_schedule_warms_up_and_then_falls_in_steps():
+    config = TrainConfig(tokens=100 * 4096, warmup=0.1, decay_at=(0.8, 0.9), decay_factor=0.1)
+    assert config.steps == 100
+    factors = [config.factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1 == factors[79]
+    assert factors[80] == pytest.approx(0.1) and factors[90] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch": 0}, {"lr": 0.0}, {"tokens": 10}, {"warmup": 1.0}, {"precision": "fp8"}],
+    ids=str,
+)
+def test_impossible_settings_are_refused_by_name(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        replace(TrainConfig(), **change)
