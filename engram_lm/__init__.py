@@ -1,1 +1,44 @@
-"""Conditional memory for language models: define, train, study, store and serve Engram tables."""
+"""Conditional memory for language models: define, train, study, store and serve Engram tables.
+
+Names are imported when they are first used, so that addressing does not wait for transformers.
+Using any model class registers all of them with transformers' Auto classes.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "AddressError": "engram_lm.errors",
+    "Addresses": "engram_lm.memory.ngrams",
+    "CanonicalMap": "engram_lm.memory.canonical",
+    "ConfigError": "engram_lm.errors",
+    "DataError": "engram_lm.errors",
+    "EngramError": "engram_lm.errors",
+    "EngramLMConfig": "engram_lm.model",
+    "EngramLMForCausalLM": "engram_lm.model",
+    "EngramLMModel": "engram_lm.model",
+    "FusionConfig": "engram_lm.config",
+    "Memory": "engram_lm.memory.lookup",
+    "MemoryConfig": "engram_lm.config",
+    "MismatchError": "engram_lm.errors",
+    "RowAdam": "engram_lm.train.row_adam",
+    "RowFormat": "engram_lm.memory.rows",
+    "RowStore": "engram_lm.memory.rows",
+    "Specification": "engram_lm.memory.specification",
+    "Table": "engram_lm.memory.table",
+    "ledger": "engram_lm.model.budget",
+    "preset": "engram_lm.model.presets",
+    "twin": "engram_lm.model.twin",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engram_lm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

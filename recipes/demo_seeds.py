@@ -3,7 +3,7 @@
     python recipes/demo_seeds.py --seeds 0 1 2
 
 Trains into runs/demo-seeds/SEED (about ten minutes a seed on two cores; goes on where it was
-interrupted) and writes results/demo.json. A seed sets the initial weights and the order of the data;
+interrupted) and writes results/demo.json. A seed sets the initial weights and the data's order;
 both arms of a seed see the same tokens in the same order. The last line printed is the summary.
 """
 
