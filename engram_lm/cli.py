@@ -163,13 +163,12 @@ def run_train(arguments: argparse.Namespace) -> None:
     if model.config.memory is not None:
         model.set_canonical_map(CanonicalMap.from_tokenizer(tokenizer))
     model.to(arguments.device)
-    available = 4_797_580
     run = Run(
         model,
         tokenizer,
         config,
         arguments.out,
-        training_ids=corpus.tokens("train", min(config.tokens + 1, available), seed=0).ids,
+        training_ids=corpus.tokens("train", config.tokens + 1, seed=0).ids,
         validation_ids=corpus.tokens("validation", seed=0).ids,
         token_bytes=corpus.token_bytes(),
     )

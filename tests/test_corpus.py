@@ -124,7 +124,7 @@ def test_tokens_are_the_documents_behind_their_separators(validation):
 
 def test_a_limit_gives_the_start_of_the_whole_stream():
     whole = corpus.tokens("validation", seed=1)
-    for limit in (1, 4_001, len(whole.ids)):
+    for limit in (1, 4_001, len(whole.ids), 10**6):
         part = corpus.tokens("validation", limit, seed=1)
         assert np.array_equal(part.ids, whole.ids[:limit])
         assert part.bytes == corpus.token_bytes()[part.ids].sum()
@@ -157,7 +157,6 @@ def test_the_recorded_counts_are_the_counts_of_the_files(validation):
     [
         (lambda: corpus.documents("test"), "split='test': the corpus has 'train' and 'validation'"),
         (lambda: corpus.tokens("validation", 0), "limit=0: ask for 1 token or more"),
-        (lambda: corpus.tokens("validation", 10**6), "limit=1000000: the validation split has"),
     ],
     ids=["split", "no tokens", "too many tokens"],
 )

@@ -44,7 +44,10 @@ def test_no_room_imports_one_above_or_beside_it():
         for module in imports(path):
             other = room(module)
             if module.startswith("engram_lm.") and own != "__init__" and other != own:
-                both_low = {own, other} == {"memory", "config"}  # what a memory is, and what it does
+                both_low = {own, other} == {
+                    "memory",
+                    "config",
+                }
                 assert both_low or FLOORS[other] < FLOORS[own], f"{path}: imports {module}"
 
 

@@ -79,8 +79,8 @@ def tokens(
 ) -> Tokens:
     """The split's documents in an order drawn by `seed`, as one stream of token ids.
 
-    Ends after exactly `limit` token ids, and encodes hardly more than it returns. `progress` is
-    called with the number of token ids so far.
+    At most `limit` token ids; hardly more than it returns are encoded. `progress` is called with
+    the number of token ids so far.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: ask for 1 token or more, or None for the whole split")
@@ -98,7 +98,5 @@ def tokens(
             progress(len(ids) if limit is None else min(len(ids), limit))
         if limit is not None and len(ids) >= limit:
             break
-    if limit is not None and len(ids) < limit:
-        raise DataError(f"limit={limit}: the {split} split has {len(ids)} tokens")
     stream = np.array(ids[:limit], dtype=np.uint16)
     return Tokens(ids=stream, bytes=int(token_bytes()[stream].sum()))

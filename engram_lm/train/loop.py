@@ -74,7 +74,7 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self._resume(training_ids)
         self._write_config()
-        self._log = (out / "metrics.jsonl").open("a")
+        self._log = (out / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step_number)
 
     @property
