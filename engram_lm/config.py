@@ -6,7 +6,7 @@ Presets are functions. A variant is `dataclasses.replace(paper(), ...)`.
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory.specification import Specification
 
 GATES = ("plain", "signed_sqrt", "signed_sqrt_copysign")
@@ -57,21 +57,29 @@ class MemoryConfig:
         return self.specification.heads_per_layer * self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, the specification in its file format."""
+        """Plain values, the specification in its file format and with its hash."""
         return {
             "specification": self.specification.to_dict(),
+            "specification_sha256": self.specification.digest,
             "head_dim": self.head_dim,
             "fusion": asdict(self.fusion),
         }
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "MemoryConfig":
-        """What to_dict gave. ConfigError on unknown or missing keys."""
-        _check_keys("memory", record, {field.name for field in fields(cls)})
+        """What to_dict gave. ConfigError on unknown or missing keys, MismatchError on the hash."""
+        names = {field.name for field in fields(cls)}
+        _check_keys("memory", record, {*names, "specification_sha256"})
         fusion = record["fusion"]
         _check_keys("memory.fusion", fusion, {field.name for field in fields(FusionConfig)})
+        specification = Specification.from_dict(record["specification"])
+        if specification.digest != record["specification_sha256"]:
+            raise MismatchError(
+                f"memory.specification has sha256 {specification.digest}, recorded beside it is "
+                f"{record['specification_sha256']}: one of them was edited"
+            )
         return cls(
-            specification=Specification.from_dict(record["specification"]),
+            specification=specification,
             head_dim=record["head_dim"],
             fusion=FusionConfig(**fusion),
         )

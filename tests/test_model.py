@@ -35,9 +35,20 @@ def test_auto_classes_load_what_was_saved_bit_for_bit(model, tmp_path):
 
 def test_config_json_holds_the_specification_exactly(model, tmp_path):
     model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())["memory"]["specification"]
-    assert saved == model.model.addresses.specification.to_dict()
-    assert saved["vocabulary"]["sha256"] == canonical_map().sha256
+    memory = json.loads((tmp_path / "config.json").read_text())["memory"]
+    specification = model.model.addresses.specification
+    assert memory["specification"] == specification.to_dict()
+    assert memory["specification_sha256"] == specification.digest
+    assert memory["specification"]["vocabulary"]["sha256"] == canonical_map().sha256
+
+
+def test_an_edited_specification_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["memory"]["specification"]["boundary_rule"] = "cross"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match="one of them was edited"):
+        EngramLMForCausalLM.from_pretrained(tmp_path)
 
 
 def word_level(order: list[int]) -> Tokenizer:

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from engram_lm.errors import ConfigError
+from engram_lm.memory.specification import Specification
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.twin import twin
 
@@ -46,10 +47,13 @@ def configure(config: EngramLMConfig, changes: dict[str, Any]) -> EngramLMConfig
         if not isinstance(place, dict) or name not in place:
             raise ConfigError(f"model.{key}={value!r}: no such field in this configuration")
         place[name] = value
-        if key.startswith("memory.specification."):
-            # Primes and multipliers follow from the rules that have just changed.
-            for derived in ("primes", "multipliers"):
-                record["memory"]["specification"].pop(derived, None)
+    if any(key.startswith("memory.specification.") for key in changes):
+        # Constants and hash follow from the rules that have just changed.
+        rules = dict(record["memory"]["specification"])
+        rules = {name: rules[name] for name in rules if name not in ("primes", "multipliers")}
+        specification = Specification.from_dict(rules)
+        record["memory"]["specification"] = specification.to_dict()
+        record["memory"]["specification_sha256"] = specification.digest
     try:
         return EngramLMConfig.from_dict(record)
     except StrictDataclassError as error:

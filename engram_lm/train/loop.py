@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
@@ -226,7 +227,7 @@ def train(runs: list[Run], names: list[str]) -> None:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks = [
             progress.add_task(name, total=run.config.steps, completed=run.step_number, note="")
             for name, run in zip(names, runs, strict=True)

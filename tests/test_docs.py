@@ -1,0 +1,74 @@
+"""What README and docs say is what the code does and what results/ hold."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import DEEPSEEK_TOKENIZER
+
+from engram_lm.cli import main, parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_snippets_run(page, capsys):
+    for snippet in blocks(page.read_text(), "python"):
+        exec(compile(snippet, str(page), "exec"), {})
+
+
+def test_every_command_in_the_readme_is_one_that_parses():
+    (shell,) = blocks(README, "sh")
+    for line in shell.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "engram"
+        parser().parse_args(arguments)
+
+
+def test_the_readmes_quick_commands_run(capsys):
+    (shell,) = blocks(README, "sh")
+    for line in shell.splitlines():
+        arguments = shlex.split(line)[1:]
+        if arguments[0] in ("rows", "budget"):
+            arguments = [str(DEEPSEEK_TOKENIZER) if a == "tokenizer.json" else a for a in arguments]
+            assert main(arguments) == 0
+
+
+def test_the_readme_names_every_verb_with_help():
+    for verb in ("demo", "train", "generate", "rows", "budget"):
+        assert f"| `engram {verb}` |" in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_numbers_in_the_readme_are_those_of_the_results():
+    demo = json.loads((ROOT / "results" / "demo.json").read_text())["summary"]
+    speed = json.loads((ROOT / "results" / "train_step.json").read_text())["summary"]
+    for arm in ("moe", "engram", "engram_memory_off"):
+        for unit in ("loss", "bpb"):
+            mean, sd = demo[f"{arm}_{unit}_mean"], demo[f"{arm}_{unit}_sd"]
+            assert f"{mean:.4f} ± {sd:.4f}" in README
+    assert f"{demo['difference_bpb_mean']:+.4f} ± {demo['difference_bpb_sd']:.4f}" in README
+    assert f"{speed['ratio_of_medians']:.2f}x" in README
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_every_result_says_how_it_was_made(path):
+    record = json.loads(path.read_text())
+    assert {"summary", "command", "commit", "machine", "seeds", "wall_seconds", "raw"} <= set(
+        record
+    )
+    assert all(isinstance(value, int | float) for value in record["summary"].values())
