@@ -8,7 +8,7 @@ memory starts (`EngramLMModel.forward`) and where it is waited for (before its l
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
-    DeepseekV3MLP,
-    DeepseekV3MoE,
     DeepseekV3PreTrainedModel,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
@@ -43,92 +40,9 @@ from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.table import Table
-from engram_lm.memory.window import Window
 from engram_lm.model.cache import decoding_state
 from engram_lm.model.config import EngramLMConfig
-
-
-@dataclass
-class Reading:
-    """One call's memory as its layers see it."""
-
-    window: Window
-    mask_BT: Tensor | None
-    tails: dict[int, Tensor]
-    new_tails: dict[int, Tensor] = field(default_factory=dict)
-
-
-class EngramLMMoE(DeepseekV3MoE):
-    """DeepSeekMoE whose shared expert may have any width."""
-
-    def __init__(self, config: EngramLMConfig) -> None:
-        super().__init__(config)
-        self.shared_experts = DeepseekV3MLP(config, config.shared_intermediate_size)
-
-
-class EngramLMDecoderLayer(GradientCheckpointingLayer):
-    """Memory (where there is one), attention, FFN; each on the plain residual or on mHC streams."""
-
-    def __init__(self, config: EngramLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.streams = config.streams
-        memory = config.memory_config
-        self.engram = None
-        if memory is not None and layer_idx in memory.specification.layers:
-            self.engram = Fuse(
-                config.streams,
-                config.hidden_size,
-                memory.memory_dim,
-                memory.fusion,
-                memory.specification.max_order,
-            )
-        self.self_attn = DeepseekV3Attention(config, layer_idx)
-        sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        self.mlp = EngramLMMoE(config) if sparse else DeepseekV3MLP(config)
-        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.streams > 1:
-            self.attn_hc = DeepseekV4HyperConnection(config)
-            self.ffn_hc = DeepseekV4HyperConnection(config)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        vectors: Tensor | None = None,
-        reading: Reading | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """(B, T, D), or (B, T, S, D) with more streams than one. vectors: (B, T, M)."""
-        if self.engram is not None and vectors is not None:
-            assert reading is not None
-            hidden_states = hidden_states + self._remember(hidden_states, vectors, reading)
-        if self.streams == 1:
-            residual = hidden_states
-            hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = residual + hidden_states
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        post, comb, collapsed = self.attn_hc(hidden_states)
-        output, _ = self.self_attn(self.input_layernorm(collapsed), **kwargs)
-        hidden_states = _expand(hidden_states, output, post, comb)
-        post, comb, collapsed = self.ffn_hc(hidden_states)
-        output = self.mlp(self.post_attention_layernorm(collapsed))
-        return _expand(hidden_states, output, post, comb)
-
-    def _remember(self, hidden_states: Tensor, vectors: Tensor, reading: Reading) -> Tensor:
-        hidden_BTSD = hidden_states if self.streams > 1 else hidden_states.unsqueeze(2)
-        tail = reading.tails.get(self.layer_idx)
-        fused = self.engram(hidden_BTSD, vectors, reading.window, tail, reading.mask_BT)
-        if fused.tail_BWSD is not None:
-            reading.new_tails[self.layer_idx] = fused.tail_BWSD
-        return fused.update_BTSD if self.streams > 1 else fused.update_BTSD.squeeze(2)
-
-
-def _expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    # As in DeepSeek-V4's block: comb is doubly stochastic but not symmetric, and is used
-    # transposed.
-    mixed = torch.matmul(comb.to(streams.dtype).transpose(-1, -2), streams)
-    return (post.to(output.dtype).unsqueeze(-1) * output.unsqueeze(-2) + mixed).contiguous()
+from engram_lm.model.layer import EngramLMDecoderLayer, Reading
 
 
 class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -284,32 +198,18 @@ class EngramLMModel(EngramLMPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        pending, reading, state = None, None, None
+        reading = None
         if self.tables and not self._without_memory:
-            token_ids = input_ids if engram_input_ids is None else engram_input_ids
-            if token_ids is None:
+            ids = input_ids if engram_input_ids is None else engram_input_ids
+            if ids is None:
                 raise ValueError(
                     "inputs_embeds without engram_input_ids: memory is addressed by ids"
                 )
-            if past_key_values is not None:
-                state = decoding_state(past_key_values, len(self.layers), self.keep)
-            if (
-                padding_mask is None
-                and isinstance(attention_mask, Tensor)
-                and attention_mask.ndim == 2
-            ):
-                padding_mask = attention_mask[:, -token_ids.shape[1] :]
+            flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+            if padding_mask is None and flat:
+                padding_mask = attention_mask[:, -ids.shape[1] :]
             padding = None if padding_mask is None else ~padding_mask.bool()
-            starts = None if position_ids is None else _starts(position_ids, token_ids)
-            window = self.memory.addresses.open(
-                token_ids, None, padding, masked, starts, lookback=0 if state else self.keep
-            )
-            if state is not None:
-                window = state.open(window)
-            # Start early: every layer's rows are on their way before the first block runs.
-            pending = self.memory.start_window(window)
-            mask = _kept(padding, masked)
-            reading = Reading(window, mask, state.tails if state is not None else {})
+            reading = self._start(ids, padding, masked, position_ids, past_key_values)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -332,8 +232,8 @@ class EngramLMModel(EngramLMPreTrainedModel):
             hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, streams, -1).contiguous()
         for layer in self.layers:
             vectors = None
-            if pending is not None and layer.engram is not None:
-                vectors = pending.wait(layer.layer_idx)
+            if reading is not None and layer.engram is not None:
+                vectors = reading.pending.wait(layer.layer_idx)
             hidden_states = layer(
                 hidden_states,
                 vectors,
@@ -344,13 +244,32 @@ class EngramLMModel(EngramLMPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        if state is not None and reading is not None:
-            state.commit(reading.window, reading.new_tails)
+        if reading is not None and reading.state is not None:
+            reading.state.commit(reading.window, reading.tails)
         if self.hc_head is not None:
             hidden_states = self.hc_head(hidden_states)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _start(
+        self,
+        token_ids: Tensor,
+        padding: Tensor | None,
+        masked: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> Reading:
+        """Starts early: the rows of all layers are on their way before the first block runs."""
+        starts = None if position_ids is None else _starts(position_ids, token_ids)
+        memory, state = self.memory, None
+        if cache is not None:
+            state = decoding_state(cache, len(self.layers), self.keep)
+        lookback = self.keep if state is None else 0
+        window = memory.addresses.open(token_ids, None, padding, masked, starts, lookback=lookback)
+        if state is not None:
+            window = state.open(window)
+        return Reading(memory.start_window(window), _kept(padding, masked), state)
 
 
 def _starts(position_ids: Tensor, token_ids: Tensor) -> Tensor:
