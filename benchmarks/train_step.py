@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.studies.demo import ARMS, make_model
-from engram_lm.studies.record import write_result
+from engram_lm.studies.record import Record
 from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30, help="counted steps of each arm")
     arguments = parser.parse_args()
-    warm = 3
+    record, warm = Record("train_step"), 3
     config = TrainConfig(
         tokens=(arguments.steps + warm + 1) * 4096, evaluate_every=10**6, checkpoint_every=10**6
     )
@@ -60,7 +60,7 @@ def main() -> None:
         "ratio_of_medians": medians["Engram"] / medians["MoE"],
         "median_ratio_of_pairs": statistics.median(pairs),
     }
-    write_result("train_step", summary, {"tokens_per_second": speeds}, seeds=[0])
+    record.write(summary, {"tokens_per_second": speeds}, seeds=[0])
     print(json.dumps(summary))
 
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from engram_lm.studies.demo import demo, summary
-from engram_lm.studies.record import write_result
+from engram_lm.studies.record import Record
 from engram_lm.train.config import TrainConfig
 
 MEASURES = (
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TrainConfig.tokens)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
+    record = Record("demo")
     found: dict[str, dict[str, Any]] = {}
     for seed in arguments.seeds:
         config = TrainConfig(tokens=arguments.tokens, seed=seed)
@@ -57,7 +58,7 @@ def main() -> None:
         values = [numbers[name] for numbers in found.values()]
         flat[f"{name}_mean"] = statistics.mean(values)
         flat[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    write_result("demo", flat, found, seeds=arguments.seeds)
+    record.write(flat, found, seeds=arguments.seeds)
     print(json.dumps(flat))
 
 

@@ -12,31 +12,35 @@ from typing import Any
 
 from engram_lm.train.loop import machine
 
-_STARTED = time.time()
 
+class Record:
+    """One study or benchmark; made when it starts, so that commit and time are those it ran with."""
 
-def write_result(
-    name: str, summary: Mapping[str, float], raw: Mapping[str, Any], *, seeds: list[int]
-) -> Path:
-    """Writes results/NAME.json under the working directory, aside first, then renamed.
+    def __init__(self, name: str) -> None:
+        self.path = Path("results") / f"{name}.json"
+        self.commit = commit()
+        self.started = time.perf_counter()
 
-    summary: flat, name -> number; the only place that README and docs quote from.
-    """
-    record = {
-        "summary": dict(summary),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
-        "machine": machine(),
-        "seeds": seeds,
-        "wall_seconds": time.time() - _STARTED,
-        "raw": dict(raw),
-    }
-    path = Path("results") / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)
-    return path
+    def write(
+        self, summary: Mapping[str, float], raw: Mapping[str, Any], *, seeds: list[int]
+    ) -> None:
+        """Writes results/NAME.json under the working directory, aside first, then renamed.
+
+        summary: flat, name -> number; the only place that README and docs quote from.
+        """
+        record = {
+            "summary": dict(summary),
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": self.commit,
+            "machine": machine(),
+            "seeds": seeds,
+            "wall_seconds": time.perf_counter() - self.started,
+            "raw": dict(raw),
+        }
+        self.path.parent.mkdir(exist_ok=True)
+        aside = self.path.with_suffix(".partial")
+        aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        os.replace(aside, self.path)
 
 
 def commit() -> str:
