@@ -158,7 +158,7 @@ def test_the_recorded_counts_are_the_counts_of_the_files(validation):
         (lambda: corpus.documents("test"), "split='test': the corpus has 'train' and 'validation'"),
         (lambda: corpus.tokens("validation", 0), "limit=0: ask for 1 token or more"),
     ],
-    ids=["split", "no tokens", "too many tokens"],
+    ids=["split", "no tokens"],
 )
 def test_a_request_that_cannot_be_served_is_refused_in_one_line(request_tokens, message):
     with pytest.raises(DataError, match=re.escape(message)) as refusal:

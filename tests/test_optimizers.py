@@ -1,5 +1,7 @@
 """Updates against torch's own optimisers."""
 
+import copy
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -68,7 +70,7 @@ def test_row_adams_moments_survive_its_state_dict():
     tables[0].accumulate(*gradient)
     optimizers[0].step()
     tables[1].load_state_dict(tables[0].state_dict())
-    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
     for table, optimizer in zip(tables, optimizers, strict=True):
         table.row_gradient = None
         table.accumulate(*gradient)

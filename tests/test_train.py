@@ -91,6 +91,8 @@ def test_loss_falls_and_everything_is_logged(parts, tmp_path):
 def test_the_exported_model_is_the_trained_one(parts, tmp_path):
     run = finish(start(parts, tmp_path))
     loaded = EngramLMForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert states_equal(loaded.state_dict(), run.model.state_dict())
+    loaded.set_attn_implementation(CONFIG.attention)
     tokens = torch.randint(2, 8000, (2, 19))
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, run.model.eval()(tokens).logits)
@@ -131,7 +133,9 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(parts, tmp_path):
 
 def test_a_finished_run_is_not_trained_again(parts, tmp_path):
     finish(start(parts, tmp_path))
-    assert start(parts, tmp_path).done
+    again = start(parts, tmp_path)
+    assert again.done
+    again.close()
 
 
 def test_a_checkpoint_of_other_data_settings_or_model_is_refused(parts, tmp_path):

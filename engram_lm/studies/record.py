@@ -14,7 +14,7 @@ from engram_lm.train.loop import machine
 
 
 class Record:
-    """One study or benchmark; made when it starts, so that commit and time are those it ran with."""
+    """One study or benchmark. Made when it starts: commit and time are those it ran with."""
 
     def __init__(self, name: str) -> None:
         self.path = Path("results") / f"{name}.json"
