@@ -140,7 +140,7 @@ def test_a_finished_run_is_not_trained_again(parts, tmp_path):
 
 def test_a_checkpoint_of_other_data_settings_or_model_is_refused(parts, tmp_path):
     finish(start(parts, tmp_path))
-    with pytest.raises(MismatchError, match="train is"):
+    with pytest.raises(MismatchError, match=r"train.lr is 0.004, this run has 0.001"):
         start(parts, tmp_path, replace(CONFIG, lr=1e-3))
     with pytest.raises(MismatchError, match="data_sha256"):
         start(parts, tmp_path, training=parts[2][1:])
