@@ -17,6 +17,7 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.studies.demo import ARMS, make_model
 from engram_lm.studies.record import Record
 from engram_lm.train import corpus
+from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30, help="counted steps of each arm")
     arguments = parser.parse_args()
+    keep_freed_memory()
     record, warm = Record("train_step"), 3
     config = TrainConfig(
         tokens=(arguments.steps + warm + 1) * 4096, evaluate_every=10**6, checkpoint_every=10**6

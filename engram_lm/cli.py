@@ -119,10 +119,12 @@ def _set(add: Callable[..., Any], example: str) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     from engram_lm.studies.demo import demo, summary
+    from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.config import TrainConfig
 
     train = _settings(arguments.set, ("train",))["train"]
     _prepare(arguments.threads)
+    keep_freed_memory()
     config = _train_config(TrainConfig(tokens=arguments.tokens, seed=arguments.seed), train)
     console = Console(stderr=arguments.json)
     console.print(
@@ -145,11 +147,13 @@ def run_train(arguments: argparse.Namespace) -> None:
     from engram_lm.model.modeling import EngramLMForCausalLM
     from engram_lm.model.presets import configure, preset
     from engram_lm.train import corpus
+    from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.config import TrainConfig
     from engram_lm.train.loop import Run, read_metrics, train
 
     changes = _settings(arguments.set, ("train", "model"))
     torch = _prepare(arguments.threads)
+    keep_freed_memory()
     config = _train_config(
         TrainConfig(tokens=arguments.tokens, seed=arguments.seed), changes["train"]
     )

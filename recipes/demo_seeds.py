@@ -18,6 +18,7 @@ from rich.console import Console
 
 from engram_lm.studies.demo import demo, summary
 from engram_lm.studies.record import Record
+from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
 
 MEASURES = (
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TrainConfig.tokens)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
+    keep_freed_memory()
     record = Record("demo")
     found: dict[str, dict[str, Any]] = {}
     for seed in arguments.seeds:

@@ -214,3 +214,9 @@ def test_schedule_warms_up_and_then_falls_in_steps():
 def test_impossible_settings_are_refused_by_name(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         replace(TrainConfig(), **change)
+
+
+def test_keeping_freed_memory_is_reported_where_it_is_possible():
+    code = "from engram_lm.train.allocator import keep_freed_memory as k; print(k())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(sys.platform.startswith("linux"))
