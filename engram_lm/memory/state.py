@@ -4,6 +4,8 @@ Shapes: B sequences, K kept positions, T tokens of a call, W = K + T, S streams,
 One small object for all layers. It knows no cache; whatever carries it calls the six verbs below.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ class DecodingState:
             None if starts_BW is None else starts_BW[:, -self.keep :].contiguous(),
         )
 
-    def _map(self, change) -> None:  # type: ignore[no-untyped-def]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.past is None:
             return
         past = self.past
