@@ -1,0 +1,48 @@
+"""The command line: parse, call, print. A user's mistake is one line on stderr, exit status 2.
+
+One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside `run`, so that
+`engram --help` and mistakes answer at once.
+"""
+
+import argparse
+import sys
+
+from engram_lm.cli import budget, demo, generate, rows, train
+from engram_lm.errors import EngramError
+
+VERBS = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "rows": rows,
+    "budget": budget,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `engram`. Returns the exit status."""
+    parsed = parser().parse_args(arguments)
+    try:
+        VERBS[parsed.verb].run(parsed)
+    except EngramError as error:
+        print(f"engram {parsed.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print(f"engram {parsed.verb}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; the docs and their tests read it too."""
+    top = argparse.ArgumentParser(
+        prog="engram", description="Conditional memory for language models."
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        added = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
+        added.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        verb.options(added.add_argument)
+    return top

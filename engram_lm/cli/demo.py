@@ -1,0 +1,49 @@
+"""`engram demo`: train a MoE and its Engram twin on WordNet; write a report."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from engram_lm.cli.settings import prepare, setting, settings, train_config
+
+HELP = "Train a MoE and its Engram twin on WordNet; write a report."
+
+
+def options(add: Callable[..., Any]) -> None:
+    add("--out", type=Path, default=Path("runs/demo"), help="directory (default: %(default)s)")
+    add("--tokens", type=int, default=1_100_000, help="per arm (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
+    add("--threads", type=int, help="processor threads (default: all cores)")
+    setting(add, "train.lr=0.002")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from engram_lm.studies.demo import demo, summary
+    from engram_lm.train.allocator import keep_freed_memory
+    from engram_lm.train.config import TrainConfig
+
+    train = settings(arguments.set, ("train",))["train"]
+    prepare(arguments.threads)
+    keep_freed_memory()
+    config = train_config(TrainConfig(tokens=arguments.tokens, seed=arguments.seed), train)
+    console = Console(stderr=arguments.json)
+    console.print(
+        f"engram demo: a MoE and its Engram twin, {config.steps} steps each of "
+        f"{config.batch * config.context} tokens of WordNet, into {arguments.out}"
+    )
+    command = "engram " + shlex.join(sys.argv[1:])
+    results = demo(config, arguments.out, console, command)
+    grid = Grid("", "loss, nats per token", "bits per byte", "tokens/s")
+    speeds = {arm.name: f"{arm.log.tokens_per_second:,.0f}" for arm in results.arms}
+    for name, evaluation in results.evaluations.items():
+        grid.add_row(name, f"{evaluation.loss:.4f}", f"{evaluation.bpb:.4f}", speeds.get(name, ""))
+    console.print(grid)
+    console.print(f"report: {(arguments.out / 'report.html').resolve()}", soft_wrap=True)
+    print(json.dumps(summary(results)))

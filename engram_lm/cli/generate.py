@@ -1,0 +1,76 @@
+"""`engram generate`: continue a text, streamed."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engram_lm.cli.settings import prepare
+from engram_lm.errors import ConfigError, DataError
+
+HELP = "Continue a text, streamed."
+
+
+def options(add: Callable[..., Any]) -> None:
+    add(
+        "--model",
+        type=Path,
+        default=Path("runs/demo/nano-engram/model"),
+        help="directory (default: %(default)s)",
+    )
+    add("--prompt", required=True, help="text to continue; - reads it from standard input")
+    add("--tokens", type=int, default=64, help="most new tokens (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    add("--memory", choices=("on", "off"), default="on", help="off: the backbone alone")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
+    from transformers import AutoTokenizer, TextStreamer
+
+    from engram_lm.model.modeling import EngramLMForCausalLM
+
+    torch = prepare(None)
+    if arguments.tokens < 1 or arguments.temperature < 0:
+        raise ConfigError(
+            f"tokens={arguments.tokens}, temperature={arguments.temperature}: "
+            "at least 1, and 0 or more"
+        )
+    if not (arguments.model / "config.json").is_file():
+        raise DataError(
+            f"{arguments.model}: no config.json; `engram demo` or `engram train` makes a model"
+        )
+    model = EngramLMForCausalLM.from_pretrained(arguments.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if arguments.memory == "off" and model.config.memory is None:
+        raise ConfigError("memory='off': this model has none")
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    torch.manual_seed(arguments.seed)
+    streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
+    with model.model.without_memory() if arguments.memory == "off" else nullcontext():
+        out = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=arguments.tokens,
+            streamer=streamer,
+            **(sampling if arguments.temperature > 0 else {"do_sample": False}),
+        )
+    new = out[0, len(ids) :].tolist()
+    if arguments.json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        print(
+            json.dumps(
+                {"prompt": prompt, "text": text, "token_ids": new, "memory": arguments.memory}
+            )
+        )

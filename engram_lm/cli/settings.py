@@ -1,0 +1,68 @@
+"""What several verbs share: `--set`, and how a process is prepared."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from engram_lm.errors import ConfigError
+
+
+def setting(add: Callable[..., Any], example: str) -> None:
+    """Adds `--set KEY=VALUE`, the way to everything that has no option of its own."""
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"any other setting: {example}",
+    )
+
+
+def settings(pairs: list[str], accepted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """--set train.lr=1e-3 as {"train": {"lr": 0.001}}; values are JSON, or else text."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in accepted}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        group, dot, name = key.partition(".")
+        if not equals or not dot or group not in accepted:
+            forms = " or ".join(f"{name}.KEY=VALUE" for name in accepted)
+            raise ConfigError(f"--set {pair}: {forms} is needed")
+        try:
+            found[group][name] = json.loads(text)
+        except ValueError:
+            found[group][name] = text
+    return found
+
+
+def train_config(config: Any, changes: dict[str, Any]) -> Any:
+    """A TrainConfig with some fields changed. ConfigError on unknown ones and other types."""
+    from dataclasses import fields
+
+    names = {field.name: type(getattr(config, field.name)) for field in fields(config)}
+    for name, value in changes.items():
+        if name not in names:
+            raise ConfigError(f"train.{name}: unknown; accepted are {', '.join(names)}")
+        if isinstance(value, list):
+            value = tuple(value)
+        if names[name] is float and isinstance(value, int):
+            value = float(value)
+        if type(value) is not names[name]:
+            raise ConfigError(f"train.{name}={value!r}: {names[name].__name__} is needed")
+        changes[name] = value
+    return replace(config, **changes)
+
+
+def prepare(threads: int | None) -> Any:
+    """torch, its threads set and transformers' chatter off."""
+    import torch
+    from transformers.utils import logging
+
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads={threads}: at least 1")
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return torch

@@ -1,0 +1,67 @@
+"""`engram train`: train one model on the WordNet corpus."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engram_lm.cli.settings import prepare, setting, settings, train_config
+from engram_lm.errors import ConfigError
+
+HELP = "Train one model on the WordNet corpus."
+
+
+def options(add: Callable[..., Any]) -> None:
+    add("--preset", default="nano-engram", help="nano-moe or nano-engram (default: %(default)s)")
+    add("--out", type=Path, required=True, help="directory; goes on if it holds a checkpoint")
+    add("--tokens", type=int, default=1_100_000, help="to train on (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
+    add("--threads", type=int, help="processor threads (default: all cores)")
+    add("--device", default="cpu", help="cpu, or cuda where there is one (default: %(default)s)")
+    setting(add, "train.lr=0.002, model.hidden_size=256")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from engram_lm.memory.canonical import CanonicalMap
+    from engram_lm.model.modeling import EngramLMForCausalLM
+    from engram_lm.model.presets import configure, preset
+    from engram_lm.train import corpus
+    from engram_lm.train.allocator import keep_freed_memory
+    from engram_lm.train.config import TrainConfig
+    from engram_lm.train.loop import Run, read_metrics, train
+
+    changes = settings(arguments.set, ("train", "model"))
+    torch = prepare(arguments.threads)
+    keep_freed_memory()
+    config = train_config(
+        TrainConfig(tokens=arguments.tokens, seed=arguments.seed), changes["train"]
+    )
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': this machine has none; accepted here is cpu")
+    if arguments.device not in ("cpu", "cuda"):
+        raise ConfigError(f"device={arguments.device!r}: accepted are cpu and cuda")
+    torch.manual_seed(config.seed)
+    model = EngramLMForCausalLM(configure(preset(arguments.preset), changes["model"]))
+    tokenizer = corpus.tokenizer()
+    if model.config.memory is not None:
+        model.set_canonical_map(CanonicalMap.from_tokenizer(tokenizer))
+    model.to(arguments.device)
+    run = Run(
+        model,
+        tokenizer,
+        config,
+        arguments.out,
+        training_ids=corpus.tokens("train", config.tokens + 1, seed=0).ids,
+        validation_ids=corpus.tokens("validation", seed=0).ids,
+        token_bytes=corpus.token_bytes(),
+    )
+    if not arguments.json:
+        print(
+            f"engram train: {arguments.preset}, step {run.step_number} of {config.steps}, "
+            f"into {arguments.out}"
+        )
+    train([run], [arguments.preset])
+    run.close()
+    last = read_metrics(arguments.out)[-1]
+    print(json.dumps({"command": "train", "preset": arguments.preset, **last}))
