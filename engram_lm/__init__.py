@@ -21,6 +21,7 @@ _HOMES = {
     "Memory": "engram_lm.memory.lookup",
     "MemoryConfig": "engram_lm.config",
     "MismatchError": "engram_lm.errors",
+    "Released": "engram_lm.store.released",
     "RowAdam": "engram_lm.train.row_adam",
     "RowFormat": "engram_lm.memory.rows",
     "RowStore": "engram_lm.memory.rows",

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 
 GATES = ("plain", "signed_sqrt", "signed_sqrt_copysign")
@@ -28,6 +29,8 @@ class FusionConfig:
     """None: no short convolution. Its dilation is the highest order."""
     norm_eps: float = FLOAT32_EPS
     conv_norm_eps: float = 1e-5
+    zero_centered_norms: bool = False
+    """Norm weights are stored minus 1, all zero at first (Qwen4-Exp)."""
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -125,6 +128,25 @@ def deepseek_v41() -> MemoryConfig:
         ),
         head_dim=256,
         fusion=FusionConfig(gate="signed_sqrt_copysign", conv_kernel=None, norm_eps=1e-20),
+    )
+
+
+def qwen4_exp() -> MemoryConfig:
+    """Qwen3.8-Flash-Next as released: one table of 16 heads of 20M rows x 160, raw token ids."""
+    return MemoryConfig(
+        specification=Specification(
+            layers=(1,),
+            rows_per_head=(20_000_000, 20_000_000),
+            heads=8,
+            seed=1234,
+            pad_id=248_044,
+            rows_multiple=128,
+            canonical_rule="raw",
+            multiplier_rule="splitmix64",
+            boundary_rule="eos",
+        ).bind(CanonicalMap.identity(248_320)),
+        head_dim=160,
+        fusion=FusionConfig(norm_eps=1e-6, conv_norm_eps=1e-6, zero_centered_norms=True),
     )
 
 

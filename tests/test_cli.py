@@ -84,6 +84,31 @@ def test_a_saved_specification_gives_the_same_rows_and_hash(capsys, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("family", ["deepseek_v41", "qwen4_exp"])
+def test_rows_of_a_released_checkpoint_equal_the_conformance_kit(capsys, family):
+    kit = Path(__file__).parents[1] / "conformance" / family
+    case = json.loads((kit / "expected.json").read_text())["cases"][0]
+    ids = ",".join(map(str, case["token_ids"]))
+    for given in (
+        ["--ids", ids],
+        ["--text=Only Alexander the Great could tame the horse Bucephalus."],
+    ):
+        found = run(capsys, "rows", "--spec", str(kit), *given)
+        tables = {layer: kinds["table_rows"] for layer, kinds in found["layers"].items()}
+        assert tables == case["rows"] and found["token_ids"] == case["token_ids"]
+
+
+def test_raw_ids_need_no_tokenizer_but_text_does(capsys):
+    found = run(capsys, "rows", "--spec=qwen4-exp", "--ids=5,248319")
+    assert found["canonical_ids"] == [5, 248_319]
+    assert main(["rows", "--spec=qwen4-exp", "--ids=5"]) == 0
+    capsys.readouterr()
+    assert "--tokenizer: needed for --text" in refused(
+        capsys, "rows", "--spec=qwen4-exp", "--text=a"
+    )
+    assert "--tokenizer: needed, because" in refused(capsys, "rows", "--spec=paper", "--ids=5")
+
+
 def test_rows_are_printed_for_people_too(capsys):
     assert main(rows("demo", "--text", "a cat")) == 0
     assert "layer 15" in capsys.readouterr().out

@@ -86,6 +86,8 @@ class Sequence:
             token = self.seen[-1 - back][0] if back < len(self.seen) else None
             if back and specification.boundary_rule == "document" and not blocked:
                 blocked = self.seen[-back][1]
+            if back and specification.boundary_rule == "eos":
+                blocked = blocked or token == specification.pad_id
             blocked = blocked or token is None
             value = self.canonical[specification.pad_id if blocked else token]
             product = value * specification.multipliers[layer][back]
@@ -101,7 +103,8 @@ class Sequence:
 @st.composite
 def cases(draw):
     token_ids = draw(st.sampled_from([3, 50, 700]))
-    classes = draw(st.integers(1, token_ids))
+    rule = draw(st.sampled_from(["folded", "raw"]))
+    classes = draw(st.integers(1, token_ids)) if rule == "folded" else token_ids
     canonical = [i % classes for i in range(token_ids)]
     orders = draw(st.integers(1, 4))
     specification = Specification(
@@ -110,7 +113,9 @@ def cases(draw):
         heads=draw(st.integers(1, 3)),
         seed=draw(st.sampled_from([0, 1, 17, 2**63 - 1])),
         pad_id=draw(st.integers(0, token_ids - 1)),
-        boundary_rule=draw(st.sampled_from(["cross", "document"])),
+        canonical_rule=rule,
+        multiplier_rule=draw(st.sampled_from(["pcg64", "splitmix64"])),
+        boundary_rule=draw(st.sampled_from(["cross", "document", "eos"])),
     )
     addresses = Addresses(specification, CanonicalMap(torch.tensor(canonical)))
     B, T = draw(st.integers(1, 3)), draw(st.sampled_from([0, 1, 2, 3, 5, 8, 13]))

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
-from engram_lm.config import deepseek_v41, demo, nano, paper
+from engram_lm.config import deepseek_v41, demo, nano, paper, qwen4_exp
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
@@ -32,6 +33,16 @@ def test_deepseek_v41_tables_have_the_released_number_of_rows(golden):
     assert deepseek_v41().memory_dim == 6144
 
 
+def test_qwen4_exp_has_the_constants_of_the_released_model():
+    # As ports of Qwen3.8-Flash-Next carry them: one table, vocabulary 248,320, EOS 248,044.
+    specification = qwen4_exp().specification
+    assert specification.multipliers == {1: (23703573157769, 20109073645365, 8052911324071)}
+    assert specification.primes[1][0][:3] == (20_000_003, 20_000_023, 20_000_033)
+    assert specification.primes[1][1][-1] == 20_000_171
+    assert specification.offsets(1)[-1] == 300_001_275
+    assert specification.table_rows(1) == 320_001_536 and qwen4_exp().memory_dim == 2560
+
+
 def test_paper_tables_have_the_papers_size():
     memory = paper()
     specification = memory.specification
@@ -41,14 +52,18 @@ def test_paper_tables_have_the_papers_size():
 
 
 def test_no_prime_is_used_twice():
-    for preset in (paper(), demo(), deepseek_v41(), nano()):
+    for preset in (paper(), demo(), deepseek_v41(), qwen4_exp(), nano()):
         primes = preset.specification.primes.values()
         heads = [prime for orders in primes for order in orders for prime in order]
         assert len(heads) == len(set(heads))
 
 
 def test_a_specification_survives_its_file(tmp_path, deepseek):
-    for specification in (paper().specification, deepseek_v41().specification.bind(deepseek)):
+    for specification in (
+        paper().specification,
+        deepseek_v41().specification.bind(deepseek),
+        qwen4_exp().specification,
+    ):
         specification.save(tmp_path / "spec.json")
         read = Specification.load(tmp_path / "spec.json")
         assert read == specification and read.digest == specification.digest
@@ -72,6 +87,9 @@ def test_every_rule_changes_the_digest(deepseek):
         "seed": 1,
         "pad_id": 2,
         "boundary_rule": "document",
+        "rows_multiple": 128,
+        "canonical_rule": "raw",
+        "multiplier_rule": "splitmix64",
     }
     digests = {replace(base, **{name: value}).digest for name, value in changes.items()}
     assert len(digests | {base.digest, base.bind(deepseek).digest}) == len(changes) + 2
@@ -91,7 +109,7 @@ def test_a_written_file_may_use_plain_integers_but_no_floats():
     ("change", "message"),
     [
         ({"format": "x"}, "format"),
-        ({"version": 2}, "version=2"),
+        ({"version": 1}, "version=1: this package reads version 2"),
         ({"colour": 1}, "unknown key 'colour'"),
         ({"multiplier_rule": "md5"}, "multiplier_rule='md5': accepted are pcg64"),
         ({"layers": 3}, "layers=3"),
@@ -123,6 +141,9 @@ def test_edited_constants_are_refused(tmp_path, deepseek):
         {"seed": -1},
         {"seed": 2**63},
         {"pad_id": -1},
+        {"rows_multiple": 0},
+        {"canonical_rule": "lower"},
+        {"multiplier_rule": "md5"},
         {"prime_rule": "any"},
         {"boundary_rule": "never"},
     ],
@@ -130,6 +151,19 @@ def test_edited_constants_are_refused(tmp_path, deepseek):
 def test_impossible_rules_are_refused_by_name(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         replace(nano().specification, **change)
+
+
+def test_raw_ids_take_no_folded_map_and_no_larger_tokenizer(tmp_path):
+    raw = replace(nano().specification, canonical_rule="raw")
+    with pytest.raises(MismatchError, match="folds 3 ids into 2 is not the identity"):
+        raw.bind(CanonicalMap(torch.tensor([0, 0, 1])))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "A": 1, "b": 2}, unk_token="b"))
+    assert raw.canonical_map(tokenizer).ids_V.tolist() == [0, 1, 2]
+    wide = raw.bind(CanonicalMap.identity(5))
+    assert wide.canonical_map(tokenizer).token_ids == 5
+    narrow = raw.bind(CanonicalMap.identity(2))
+    with pytest.raises(MismatchError, match="has 3 ids, the specification's vocabulary 2"):
+        narrow.canonical_map(tokenizer)
 
 
 def test_binding_to_another_vocabulary_is_refused_with_both_checksums():

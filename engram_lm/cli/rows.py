@@ -15,8 +15,18 @@ HELP = "Print the rows that a text or token ids read."
 
 
 def options(add: Callable[..., Any]) -> None:
-    add("--spec", required=True, help="paper, demo, deepseek-v4.1, or a specification's FILE.json")
-    add("--tokenizer", type=Path, required=True, help="tokenizer.json, or a directory with one")
+    add(
+        "--spec",
+        required=True,
+        help="paper, demo, deepseek-v4.1, qwen4-exp, a specification's FILE.json, or the "
+        "directory of a released checkpoint",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.json, or a directory with one (default: that of the checkpoint; raw ids "
+        "need none)",
+    )
     add("--text", help="text to tokenise, without special tokens")
     add("--ids", help="token ids instead, as 1,2,3")
     add("--history", default="", help="token ids before them, oldest first")
@@ -40,12 +50,23 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.text is None) == (arguments.ids is None):
         raise ConfigError("give either --text or --ids")
     specification = _specification(arguments.spec)
-    backend = backend_of(arguments.tokenizer)
-    addresses = Addresses(specification, CanonicalMap.from_tokenizer(backend))
+    tokenizer = arguments.tokenizer
+    if tokenizer is None and (Path(arguments.spec) / "tokenizer.json").is_file():
+        tokenizer = Path(arguments.spec)
+    backend = None if tokenizer is None else backend_of(tokenizer)
+    if backend is not None:
+        addresses = Addresses(specification, specification.canonical_map(backend))
+    elif specification.canonical_rule == "raw" and specification.vocabulary is not None:
+        identity = CanonicalMap.identity(specification.vocabulary.token_ids)
+        addresses = Addresses(specification, identity)
+    else:
+        raise ConfigError("--tokenizer: needed, because canonical ids are made from it")
     if arguments.ids is not None:
         ids = _integers("--ids", arguments.ids)
-    else:
+    elif backend is not None:
         ids = backend.encode(arguments.text, add_special_tokens=False).ids
+    else:
+        raise ConfigError("--tokenizer: needed for --text")
     history = _integers("--history", arguments.history)
     if any(token_id < 0 for token_id in history):
         raise AddressError(f"--history={arguments.history}: ids run from 0 up")
@@ -82,8 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
             "position", "token id", "canonical id", "token", "table rows", title=f"layer {name}"
         )
         for position, row in enumerate(kinds["table_rows"]):
-            token = backend.decode([ids[position]], skip_special_tokens=False)
-            cells = (str(position), str(ids[position]), str(canonical[position]), repr(token))
+            token = "" if backend is None else repr(backend.decode([ids[position]], False))
+            cells = (str(position), str(ids[position]), str(canonical[position]), token)
             grid.add_row(*cells, " ".join(map(str, row)))
         console.print(grid)
 
@@ -91,12 +112,23 @@ def run(arguments: argparse.Namespace) -> None:
 def _specification(name: str) -> Any:
     from engram_lm import config
     from engram_lm.memory.specification import Specification
+    from engram_lm.store.released import Released
 
-    presets = {"paper": config.paper, "demo": config.demo, "deepseek-v4.1": config.deepseek_v41}
+    presets = {
+        "paper": config.paper,
+        "demo": config.demo,
+        "deepseek-v4.1": config.deepseek_v41,
+        "qwen4-exp": config.qwen4_exp,
+    }
     if name in presets:
         return presets[name]().specification
+    if Path(name).is_dir():
+        return Released(name).memory.specification
     if not Path(name).is_file():
-        raise ConfigError(f"spec={name!r}: accepted are {', '.join(presets)}, or a FILE.json")
+        raise ConfigError(
+            f"spec={name!r}: accepted are {', '.join(presets)}, a FILE.json, or the directory of a "
+            "released checkpoint"
+        )
     return Specification.load(name)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor
 
-from engram_lm.errors import DataError, MismatchError
+from engram_lm.errors import DataError
 
 FILE_NAME = "canonical_map.safetensors"
 
@@ -85,16 +85,10 @@ class CanonicalMap:
             ids.append(classes.setdefault(key, len(classes)))
         return cls(torch.tensor(ids, dtype=torch.int32))
 
-    def check(self, tokenizer: Any) -> None:
-        """MismatchError with both checksums unless the tokenizer gives exactly this map."""
-        other = CanonicalMap.from_tokenizer(tokenizer)
-        if other.sha256 != self.sha256:
-            raise MismatchError(
-                f"the tokenizer's canonical map is not the model's: tokenizer sha256 "
-                f"{other.sha256} "
-                f"({other.canonical_ids} of {other.token_ids} ids), model sha256 {self.sha256} "
-                f"({self.canonical_ids} of {self.token_ids} ids)"
-            )
+    @classmethod
+    def identity(cls, token_ids: int) -> "CanonicalMap":
+        """The map of a memory that is addressed by raw token ids (Qwen4-Exp)."""
+        return cls(torch.arange(token_ids, dtype=torch.int32))
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `canonical_map.safetensors`, checksum in the metadata; aside, then renamed."""

@@ -52,6 +52,10 @@ class Gate(nn.Module):
         return torch.sigmoid(torch.copysign(root_BTS, dot_BTS))  # and here sigmoid(0.001)
 
 
+def _norm_weight(streams: int, width: int, config: FusionConfig) -> nn.Parameter:
+    return nn.Parameter(torch.full((streams, width), 0.0 if config.zero_centered_norms else 1.0))
+
+
 class ShortConv(nn.Module):
     """SiLU of a depthwise causal convolution over normalised values; zero weights at first."""
 
@@ -59,8 +63,9 @@ class ShortConv(nn.Module):
         super().__init__()
         assert config.conv_kernel is not None
         self.eps = config.conv_norm_eps
+        self.norm_offset = 1.0 if config.zero_centered_norms else 0.0
         self.dilation = dilation
-        self.norm_weight = nn.Parameter(torch.ones(streams, width))
+        self.norm_weight = _norm_weight(streams, width, config)
         # Tap j multiplies the value (kernel - 1 - j) * dilation tokens back, as in torch's Conv1d.
         self.weight = nn.Parameter(torch.zeros(streams, width, config.conv_kernel))
 
@@ -77,7 +82,7 @@ class ShortConv(nn.Module):
         tail_BWSD: inputs of the window's earlier positions; None means the window starts a text.
         """
         dtype = torch.promote_types(gated_BTSD.dtype, torch.float32)
-        weight_SD = self.norm_weight.to(dtype)
+        weight_SD = self.norm_weight.to(dtype) + self.norm_offset
         scale_BTS1 = torch.rsqrt(gated_BTSD.to(dtype).square().mean(-1, keepdim=True) + self.eps)
         inputs_BTSD = gated_BTSD.to(dtype) * scale_BTS1 * weight_SD
         if tail_BWSD is None:
@@ -121,12 +126,20 @@ class Fuse(nn.Module):
         super().__init__()
         self.streams, self.width = streams, width
         self.kv = nn.Linear(memory_dim, (streams + 1) * width, bias=config.bias)
-        self.query_norm_weight = nn.Parameter(torch.ones(streams, width))
-        self.key_norm_weight = nn.Parameter(torch.ones(streams, width))
+        self.norm_offset = 1.0 if config.zero_centered_norms else 0.0
+        self.query_norm_weight = _norm_weight(streams, width, config)
+        self.key_norm_weight = _norm_weight(streams, width, config)
         self.gate = Gate(config)
         self.conv = (
             None if config.conv_kernel is None else ShortConv(streams, width, config, max_order)
         )
+
+    @property
+    def norm_weight_SD(self) -> Tensor:
+        """Both norms' weights, which only ever appear as a product; float32 or wider."""
+        dtype = torch.promote_types(self.query_norm_weight.dtype, torch.float32)
+        query_SD, key_SD = self.query_norm_weight.to(dtype), self.key_norm_weight.to(dtype)
+        return (query_SD + self.norm_offset) * (key_SD + self.norm_offset)
 
     def forward(
         self,
@@ -143,7 +156,7 @@ class Fuse(nn.Module):
         kv_BTC = self.kv(vectors_BTM.to(self.kv.weight.dtype))
         keys_BTC, value_BTD = kv_BTC.split([self.streams * self.width, self.width], dim=-1)
         key_BTSD = keys_BTC.unflatten(-1, (self.streams, self.width))
-        gate_BTS = self.gate(hidden_BTSD, key_BTSD, self.query_norm_weight * self.key_norm_weight)
+        gate_BTS = self.gate(hidden_BTSD, key_BTSD, self.norm_weight_SD)
         if mask_BT is not None:
             gate_BTS = gate_BTS * mask_BT[..., None]
         gated_BTSD = gate_BTS[..., None] * value_BTD[..., None, :].to(gate_BTS.dtype)

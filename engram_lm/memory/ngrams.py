@@ -61,7 +61,8 @@ class Addresses:
         none.
         padding: bool (B, T), True where there is no token; looking back steps over it.
         masked: bool (B, T), True at image tokens: they and everything older count as pad.
-        document_starts: bool (B, T), True at first tokens; the boundary rule says what they do.
+        document_starts: bool (B, T), True at first tokens; only the boundary rule `document` heeds
+        them.
         Raises AddressError with position and value for ids outside the vocabulary.
         """
         return self.window_rows(
@@ -92,7 +93,7 @@ class Addresses:
     def window_rows(self, window: Window) -> Tensor:
         """Row numbers of the T tokens of a window, (L, B, T, H) int64."""
         constants = self._constants(window.ids_BW.device)
-        ids_BW, starts_BW = window.packed_ids_BW, window.packed_starts_BW
+        ids_BW, starts_BW = window.packed_ids_BW, self._packed_starts(window)
         B, W = ids_BW.shape
         lookback = self.specification.lookback
         # Padding moves tokens about inside the window, so then the rows of all positions are made.
@@ -123,6 +124,14 @@ class Addresses:
         if window.order_BW is None:
             return rows_LBTH
         return torch.stack([window.unpack(rows_BTH) for rows_BTH in rows_LBTH])
+
+    def _packed_starts(self, window: Window) -> Tensor | None:
+        if self.specification.boundary_rule != "eos":
+            return window.packed_starts_BW
+        # The EOS itself belongs to the segment that it ends. Addressing alone stops here: the
+        # short convolution of the released model runs on, so the window is not told.
+        ended_BW = window.packed_ids_BW == self.specification.pad_id
+        return torch.cat([torch.zeros_like(ended_BW[:, :1]), ended_BW[:, :-1]], dim=1)
 
     def _constants(self, device: torch.device) -> _Constants:
         if device not in self._by_device:

@@ -4,7 +4,8 @@ A `Specification` states rules only. `bind` adds the vocabulary it is used with,
 the multipliers exist too, because they depend on the number of canonical ids. Two engines that hold
 equal specifications read equal rows; `digest` is what a checkpoint records to say so.
 
-Source: section 2.2 of arXiv 2601.07372, its public demo, and DeepSeek-V4.1.
+Source: section 2.2 of arXiv 2601.07372, its public demo, DeepSeek-V4.1 and Qwen4-Exp.
+docs/addressing.md says all of it in words.
 """
 
 import hashlib
@@ -19,17 +20,19 @@ import numpy as np
 from sympy import nextprime
 
 from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.memory.canonical import CanonicalMap, backend_of
 
 FORMAT = "engram-specification"
-VERSION = 1
+VERSION = 2
 INT64_MAX = 2**63 - 1
+UINT64_MAX = 2**64 - 1
 
 # Each rule is one line of a table, so that a file of a later version fails by name and not by a
 # wrong row.
-MULTIPLIER_RULES = ("pcg64",)
+CANONICAL_RULES = ("folded", "raw")
+MULTIPLIER_RULES = ("pcg64", "splitmix64")
 PRIME_RULES = ("distinct",)
-BOUNDARY_RULES = ("cross", "document")
+BOUNDARY_RULES = ("cross", "document", "eos")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +49,14 @@ class Vocabulary:
 class Specification:
     """Which rows an n-gram reads, in every layer, order and head. Raises ConfigError.
 
-    multiplier_rule `pcg64`: odd multipliers from numpy's default_rng(seed + 10007 * layer), bounded
-    so that canonical id * multiplier stays below 2^63 (demo, DeepSeek-V4.1).
+    canonical_rule `folded`: tokens that differ in case, accents or white space share a canonical
+    id; `raw`: the token id is the canonical id (Qwen4-Exp).
+    multiplier_rule: odd multipliers, bounded so that canonical id * multiplier stays below 2^63.
+    `pcg64`: from numpy's default_rng(seed + 10007 * layer) (demo, DeepSeek-V4.1); `splitmix64`:
+    from SplitMix64 at seed + 10007 * the layer's place among `layers` (Qwen4-Exp).
     prime_rule `distinct`: the next primes from rows_per_head on that no earlier layer, order or
     head has. boundary_rule `cross`: n-grams run across document starts (demo); `document`: they
-    stop there (DeepSeek-V4.1).
+    stop there (DeepSeek-V4.1); `eos`: they stop behind every pad_id, which is the EOS (Qwen4-Exp).
     """
 
     layers: tuple[int, ...]
@@ -62,6 +68,9 @@ class Specification:
     seed: int = 0
     pad_id: int
     """The token id whose canonical id stands before the start of a text."""
+    rows_multiple: int = 1
+    """A table's rows are rounded up to a multiple of it; no n-gram reads the rows added."""
+    canonical_rule: str = "folded"
     multiplier_rule: str = "pcg64"
     prime_rule: str = "distinct"
     boundary_rule: str = "cross"
@@ -82,7 +91,10 @@ class Specification:
             raise ConfigError(f"heads={self.heads}: at least 1 head per order")
         if not 0 <= self.seed <= INT64_MAX:
             raise ConfigError(f"seed={self.seed}: a seed lies between 0 and 2^63 - 1")
+        if self.rows_multiple < 1:
+            raise ConfigError(f"rows_multiple={self.rows_multiple}: 1 or more")
         for field, accepted in (
+            ("canonical_rule", CANONICAL_RULES),
             ("multiplier_rule", MULTIPLIER_RULES),
             ("prime_rule", PRIME_RULES),
             ("boundary_rule", BOUNDARY_RULES),
@@ -131,7 +143,8 @@ class Specification:
 
     def table_rows(self, layer: int) -> int:
         """Rows of a layer's whole table; may pass 2^31."""
-        return sum(sum(order) for order in self.primes[layer])
+        rows = sum(sum(order) for order in self.primes[layer])
+        return -(-rows // self.rows_multiple) * self.rows_multiple
 
     def offsets(self, layer: int) -> tuple[int, ...]:
         """First row of each head in its layer's table, order-major; int64."""
@@ -146,18 +159,43 @@ class Specification:
                 "vocabulary=None: multipliers depend on it; call bind(canonical_map) first"
             )
         bound = max(1, (INT64_MAX // self.vocabulary.canonical_ids) // 2)
+        draw = _pcg64 if self.multiplier_rule == "pcg64" else _splitmix64
         return {
             layer: tuple(
-                int(draw) * 2 + 1
-                for draw in np.random.default_rng(self.seed + 10007 * layer).integers(
-                    low=0, high=bound, size=self.max_order, dtype=np.int64
+                2 * value + 1
+                for value in draw(
+                    # The ordinal keeps its rows when layers are renumbered; the number does not.
+                    self.seed + 10007 * (layer if self.multiplier_rule == "pcg64" else ordinal),
+                    bound,
+                    self.max_order,
                 )
             )
-            for layer in self.layers
+            for ordinal, layer in enumerate(self.layers)
         }
+
+    def canonical_map(self, tokenizer: Any) -> CanonicalMap:
+        """The map that these rules make of a tokenizer (see CanonicalMap.from_tokenizer).
+
+        Under the rule `raw` every id is its own canonical id, up to the vocabulary's size where it
+        is known: a model may have more ids than its tokenizer. MismatchError if it has fewer.
+        """
+        if self.canonical_rule == "folded":
+            return CanonicalMap.from_tokenizer(tokenizer)
+        ids = max(backend_of(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        known = ids if self.vocabulary is None else self.vocabulary.token_ids
+        if ids > known:
+            raise MismatchError(
+                f"the tokenizer has {ids} ids, the specification's vocabulary {known}"
+            )
+        return CanonicalMap.identity(known)
 
     def bind(self, canonical: CanonicalMap) -> "Specification":
         """This specification for that vocabulary. MismatchError if it already has another one."""
+        if self.canonical_rule == "raw" and canonical.canonical_ids < canonical.token_ids:
+            raise MismatchError(
+                f"canonical_rule='raw': a map that folds {canonical.token_ids} ids into "
+                f"{canonical.canonical_ids} is not the identity"
+            )
         vocabulary = Vocabulary(
             token_ids=canonical.token_ids,
             canonical_ids=canonical.canonical_ids,
@@ -224,7 +262,7 @@ class Specification:
             if not isinstance(values[name], list):
                 raise ConfigError(f"{name}={values[name]!r}: a list is needed")
             values[name] = tuple(_integer(name, value) for value in values[name])
-        for name in ("heads", "pad_id", "seed"):
+        for name in ("heads", "pad_id", "seed", "rows_multiple"):
             if name in values:
                 values[name] = _integer(name, values[name])
         if values.get("vocabulary") is not None:
@@ -252,6 +290,23 @@ class Specification:
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (ValueError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+def _pcg64(seed: int, bound: int, count: int) -> list[int]:
+    draws = np.random.default_rng(seed).integers(low=0, high=bound, size=count, dtype=np.int64)
+    return [int(draw) for draw in draws]
+
+
+def _splitmix64(seed: int, bound: int, count: int) -> list[int]:
+    """Entry k is what SplitMix64 gives at the state seed + (k + 1) * gamma, modulo bound."""
+    gamma, draws = 0x9E3779B97F4A7C15, []
+    for index in range(count):
+        # Qwen4-Exp steps the state and then calls a generator that steps it once more.
+        value = (seed + (index + 2) * gamma) & UINT64_MAX
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & UINT64_MAX
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & UINT64_MAX
+        draws.append((value ^ (value >> 31)) % bound)
+    return draws
 
 
 def _vocabulary(record: Any) -> Vocabulary:

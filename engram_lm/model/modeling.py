@@ -78,10 +78,10 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
         elif isinstance(module, Table):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, Fuse):
-            init.ones_(module.query_norm_weight)
-            init.ones_(module.key_norm_weight)
+            init.constant_(module.query_norm_weight, 1.0 - module.norm_offset)
+            init.constant_(module.key_norm_weight, 1.0 - module.norm_offset)
         elif isinstance(module, ShortConv):
-            init.ones_(module.norm_weight)
+            init.constant_(module.norm_weight, 1.0 - module.norm_offset)
             init.zeros_(module.weight)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -104,10 +104,11 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
         if model.config.memory is not None:
             hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
             model.set_canonical_map(CanonicalMap.load(cached_file(path, FILE_NAME, **hub)))
+            specification = model.base_model.addresses.specification
             if (Path(path) / "tokenizer.json").is_file():
-                model.base_model.addresses.canonical.check(path)
+                specification.bind(specification.canonical_map(path))
             if tokenizer is not None:
-                model.base_model.addresses.canonical.check(tokenizer)
+                specification.bind(specification.canonical_map(tokenizer))
         return loaded
 
     def set_canonical_map(self, canonical: CanonicalMap) -> None:
