@@ -1,9 +1,11 @@
 """The house: which room may import which, and what the package shows."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import engram_lm
 
@@ -66,6 +68,21 @@ def test_every_public_name_is_there_and_sorted():
     for name in engram_lm.__all__:
         assert getattr(engram_lm, name).__name__ == name
     assert not hasattr(engram_lm, "manager")
+
+
+def test_every_public_name_says_what_it_gives():
+    for name in engram_lm.__all__:
+        shown = getattr(engram_lm, name)
+        members = vars(shown).items() if isinstance(shown, type) else ()
+        public = {
+            f"{name}.{member}": value
+            for member, value in members
+            if not member.startswith("_")
+            and isinstance(value, FunctionType | classmethod | property)
+        }
+        for where, value in {name: shown, **public}.items():
+            text = inspect.getdoc(getattr(value, "__func__", value))
+            assert text and not text.startswith(f"{name}("), where
 
 
 def test_files_stay_small():

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from engram_lm.config import deepseek_v41, demo, nano, paper, qwen4_exp
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory.canonical import CanonicalMap
-from engram_lm.memory.specification import Specification
+from engram_lm.memory.specification import Specification, Vocabulary
 
 
 def by_layer(values) -> dict[str, list]:
@@ -164,6 +164,12 @@ def test_raw_ids_take_no_folded_map_and_no_larger_tokenizer(tmp_path):
     narrow = raw.bind(CanonicalMap.identity(2))
     with pytest.raises(MismatchError, match="has 3 ids, the specification's vocabulary 2"):
         narrow.canonical_map(tokenizer)
+
+
+def test_a_vocabulary_past_2_to_30_is_refused():
+    vocabulary = Vocabulary(token_ids=2**31, canonical_ids=2**30 + 1, sha256="")
+    with pytest.raises(ConfigError, match="canonical_ids=1073741825: 1 to 2"):
+        replace(nano().specification, vocabulary=vocabulary)
 
 
 def test_binding_to_another_vocabulary_is_refused_with_both_checksums():

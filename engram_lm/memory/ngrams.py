@@ -44,6 +44,7 @@ class Addresses:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Zero-based numbers of the layers that have a memory."""
         return self.specification.layers
 
     def rows(

@@ -31,6 +31,7 @@ class RowFormat:
 
     @property
     def value_bytes(self) -> int:
+        """Bytes of a row's values, without its scales."""
         return self.dim * self.dtype.itemsize
 
     @property

@@ -41,10 +41,12 @@ class Table(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws new rows, of standard deviation 0.02."""
         nn.init.normal_(self.weight, std=0.02)
 
     @property
     def format(self) -> RowFormat:
+        """How a row's bytes are read: values of the parameter's dtype, no scales."""
         return RowFormat(dtype=self.weight.dtype, dim=self.weight.shape[1])
 
     def gather(self, rows_M: Tensor) -> Tensor:
