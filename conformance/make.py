@@ -153,7 +153,7 @@ def fold(tokenizer: Tokenizer) -> list[int]:
             key = tokenizer.id_to_token(token)
         else:
             key = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
-            key = "".join(c.lower() for c in key if unicodedata.category(c) != "Mn")
+            key = "".join(c.lower() for c in key if unicodedata.category(c)[0] != "M")
             key = re.sub(r"[ \t\r\n]+", " ", key)
             key = (key if key == " " else key.strip()) or text
         ids.append(classes.setdefault(key, len(classes)))

@@ -103,9 +103,9 @@ class Specification:
                 raise ConfigError(
                     f"{field}={getattr(self, field)!r}: accepted are {', '.join(accepted)}"
                 )
-        if self.vocabulary is not None and not 1 <= self.vocabulary.canonical_ids <= 2**30:
-            # Beyond it numpy draws multipliers 32 bits at a time: another stream.
-            raise ConfigError(f"canonical_ids={self.vocabulary.canonical_ids}: 1 to 2^30")
+        if self.vocabulary is not None and not 0 < self.vocabulary.canonical_ids < 2**30:
+            # From there on numpy draws multipliers 32 bits at a time: another stream.
+            raise ConfigError(f"canonical_ids={self.vocabulary.canonical_ids}: 1 to 2^30 - 1")
         limit = 2**31 if self.vocabulary is None else self.vocabulary.token_ids
         if not 0 <= self.pad_id < limit:
             raise ConfigError(f"pad_id={self.pad_id}: a token id from 0 to {limit - 1}")
