@@ -35,10 +35,9 @@ class FusionConfig:
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise ConfigError(f"gate={self.gate!r}: accepted are {', '.join(GATES)}")
-        if self.conv_kernel is not None and self.conv_kernel < 2:
-            raise ConfigError(
-                f"conv_kernel={self.conv_kernel}: 2 or more, or null for no convolution"
-            )
+        kernel = self.conv_kernel
+        if kernel is not None and not (isinstance(kernel, int) and kernel >= 2):
+            raise ConfigError(f"conv_kernel={kernel!r}: 2 or more, or null for no convolution")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,8 @@ class MemoryConfig:
     fusion: FusionConfig = FusionConfig()
 
     def __post_init__(self) -> None:
-        if self.head_dim < 1:
-            raise ConfigError(f"head_dim={self.head_dim}: a row holds at least 1 value")
+        if not isinstance(self.head_dim, int) or self.head_dim < 1:
+            raise ConfigError(f"head_dim={self.head_dim!r}: a row holds at least 1 value")
 
     @property
     def memory_dim(self) -> int:

@@ -7,7 +7,7 @@ One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside 
 import argparse
 import sys
 
-from engram_lm.cli import budget, demo, generate, rows, train
+from engram_lm.cli import budget, demo, generate, rows, size, train
 from engram_lm.errors import EngramError
 
 VERBS = {
@@ -16,6 +16,7 @@ VERBS = {
     "generate": generate,
     "rows": rows,
     "budget": budget,
+    "size": size,
 }
 
 

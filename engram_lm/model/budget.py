@@ -2,12 +2,14 @@
 
 P_tot: all trainable parameters but token embedding and LM head. P_act: those active for one token.
 P_sparse = P_tot - P_act; rho: the share of P_sparse that is routed experts, 1 - rho is tables.
-Section 3 of arXiv 2601.07372. Nothing is allocated: all of it is arithmetic on the configuration.
+Section 3 of arXiv 2601.07372; its Tables 1 and 5 count the token embedding too, which is `total`
+here. Nothing is allocated: all of it is arithmetic on the configuration.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from engram_lm.config import MemoryConfig
 from engram_lm.model.config import EngramLMConfig
 
 MUON, ADAM = 4, 8
@@ -53,6 +55,11 @@ class Ledger:
         return self.p_tot - self.p_act
 
     @property
+    def total(self) -> int:
+        """P_tot and the token embedding, once; the LM head is not counted, tied or not."""
+        return self.p_tot + self["token embedding"].total
+
+    @property
     def parameters(self) -> int:
         """Every parameter there is, tied ones once."""
         return sum(component.total for component in self.components)
@@ -79,6 +86,8 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "total": self.total,
+            "active": self.p_act,
             "context": self.context,
             "components": [asdict(component) for component in self.components],
             "p_tot": self.p_tot,
@@ -100,7 +109,7 @@ def ledger(config: EngramLMConfig, context: int = 256) -> Ledger:
     active, experts = config.num_experts_per_tok or 0, config.n_routed_experts
     return Ledger(
         components=(
-            _vocabulary(config),
+            *_vocabulary(config),
             _attention(config, context),
             _matrix("dense FFN", (layers - sparse_layers) * 3 * D * config.intermediate_size),
             _matrix("shared expert", sparse_layers * 3 * D * config.shared_intermediate_size),
@@ -108,7 +117,7 @@ def ledger(config: EngramLMConfig, context: int = 256) -> Ledger:
             _idle("routed experts inactive", sparse_layers * (experts - active) * expert, MUON),
             _matrix("router", sparse_layers * experts * D, moments=ADAM),
             _streams(config),
-            *_memory(config),
+            *memory_components(config.memory_config, config.hidden_size, config.streams),
             _vector("norms", layers * (2 * D + _latent_norms(config)) + D),
         ),
         context=context,
@@ -134,16 +143,20 @@ def _idle(name: str, parameters: int, moments: int) -> Component:
     return Component(name=name, total=parameters, active=0, flops=0, moment_bytes=moments)
 
 
-def _vocabulary(config: EngramLMConfig) -> Component:
-    head = config.vocab_size * config.hidden_size
-    return Component(
-        name="vocabulary",
-        total=head if config.tie_word_embeddings else 2 * head,
-        active=head,
-        flops=2 * head,
+def _vocabulary(config: EngramLMConfig) -> tuple[Component, ...]:
+    """A tied head has no parameters of its own: its work makes all of the embedding active."""
+    weights, tied = config.vocab_size * config.hidden_size, config.tie_word_embeddings
+    embedding = Component(
+        name="token embedding",
+        total=weights,
+        active=weights if tied else config.hidden_size,
+        flops=0,
         moment_bytes=ADAM,
         counted=False,
     )
+    own = 0 if tied else weights
+    head = replace(embedding, name="LM head", total=own, active=own, flops=2 * weights)
+    return embedding, head
 
 
 def _attention(config: EngramLMConfig, context: int) -> Component:
@@ -180,8 +193,11 @@ def _streams(config: EngramLMConfig) -> Component:
     )
 
 
-def _memory(config: EngramLMConfig) -> tuple[Component, ...]:
-    memory, S, D = config.memory_config, config.streams, config.hidden_size
+def memory_components(
+    memory: MemoryConfig | None, hidden_size: int, streams: int
+) -> tuple[Component, ...]:
+    """What a memory adds to a decoder of this width and so many streams; zeros where None."""
+    S, D = streams, hidden_size
     layers, rows, read, projections, bias, conv, norms = 0, 0, 0, 0, 0, 0, 0
     if memory is not None:
         specification, fusion = memory.specification, memory.fusion

@@ -1,9 +1,12 @@
 """Whole models by name. Presets are functions; a variant is a changed copy of what they return."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from engram_lm.config import MemoryConfig, paper
 from engram_lm.errors import ConfigError
 from engram_lm.memory.specification import Specification
 from engram_lm.model.config import EngramLMConfig
@@ -23,14 +26,81 @@ def nano_engram() -> EngramLMConfig:
     return twin(nano_moe(), RHO)
 
 
-PRESETS = {"nano-moe": nano_moe, "nano-engram": nano_engram}
+def dense_4b() -> EngramLMConfig:
+    """Dense-4B of arXiv 2601.07372; its FFN width, 12,288, is chosen to give the paper's 4.1B."""
+    return _paper(intermediate_size=12_288, mlp_layer_types=["dense"] * 30)
+
+
+def moe_27b() -> EngramLMConfig:
+    """MoE-27B of the same: 2 shared and 72 routed experts in all blocks but the first."""
+    return _paper_moe(72, None)
+
+
+def engram_27b() -> EngramLMConfig:
+    """Engram-27B: 17 experts of each block give way to 5.79B table values.
+
+    As the paper has it, which leaves the projections on top of equal active parameters (0.9 %);
+    `twin(moe_27b(), 0.743, paper())` is the same trade within 0.5 %.
+    """
+    return _paper_moe(55, paper())
+
+
+def engram_40b() -> EngramLMConfig:
+    """Engram-40B: the same with 7,239,680 rows per head, 18.53B table values."""
+    memory = paper()
+    specification = replace(memory.specification, rows_per_head=(7_239_680, 7_239_680))
+    return _paper_moe(55, replace(memory, specification=specification))
+
+
+def _paper_moe(experts: int, memory: MemoryConfig | None) -> EngramLMConfig:
+    expert = 1_536  # 17 x 29 of them weigh what the tables and projections do
+    return _paper(
+        intermediate_size=10_240,
+        mlp_layer_types=["dense"] + ["sparse"] * 29,
+        moe_intermediate_size=expert,
+        shared_intermediate_size=2 * expert,
+        n_routed_experts=experts,
+        num_experts_per_tok=6,
+        memory=None if memory is None else memory.to_dict(),
+    )
+
+
+def _paper(**ffn: Any) -> EngramLMConfig:
+    """The paper's appendix A, and where it is silent DeepSeek-V3: latent ranks but for queries,
+    head widths, special token ids, an LM head of its own."""
+    return EngramLMConfig(
+        vocab_size=129_280,
+        hidden_size=2_560,
+        num_hidden_layers=30,
+        num_attention_heads=32,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        streams=4,
+        max_position_embeddings=4_096,
+        rope_parameters={"rope_theta": 10_000.0, "rope_type": "default"},
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        **ffn,
+    )
+
+
+PRESETS = {
+    function.__name__.replace("_", "-"): function
+    for function in (nano_moe, nano_engram, dense_4b, moe_27b, engram_27b, engram_40b)
+}
 
 
 def preset(name: str) -> EngramLMConfig:
-    """ConfigError with the accepted names."""
-    if name not in PRESETS:
+    """By its function's name, with - or _ alike. ConfigError with the accepted names."""
+    dashed = name.replace("_", "-")
+    if dashed not in PRESETS:
         raise ConfigError(f"preset={name!r}: accepted are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    return PRESETS[dashed]()
 
 
 def configure(config: EngramLMConfig, changes: dict[str, Any]) -> EngramLMConfig:
@@ -38,7 +108,17 @@ def configure(config: EngramLMConfig, changes: dict[str, Any]) -> EngramLMConfig
 
     ConfigError on unknown fields and unfit values.
     """
-    record = config.to_dict()
+    record = changed(config.to_dict(), changes)
+    try:
+        return EngramLMConfig.from_dict(record)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model: {reason}") from error
+
+
+def changed(record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's plain values, with those that `changes` names by their dotted paths set."""
+    record = copy.deepcopy(record)
     for key, value in changes.items():
         *path, name = key.split(".")
         place: Any = record
@@ -54,8 +134,4 @@ def configure(config: EngramLMConfig, changes: dict[str, Any]) -> EngramLMConfig
         specification = Specification.from_dict(rules)
         record["memory"]["specification"] = specification.to_dict()
         record["memory"]["specification_sha256"] = specification.digest
-    try:
-        return EngramLMConfig.from_dict(record)
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model: {reason}") from error
+    return record
