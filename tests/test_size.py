@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -232,6 +233,17 @@ def test_size_reads_several_files_and_prints_bytes(capsys, tmp_path):
     sizes = found["orders"]["3"]["sizes"]
     assert [each["rows"] for each in sizes] == [100, 200]
     assert sizes[0]["bytes"] == {"float32": 16_000, "bfloat16": 8_000, "float8": 4_000}
+
+
+def test_raw_ids_have_more_distinct_ngrams_than_folded_ones(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat, The cat, THE CAT\n")
+    folded, raw = (
+        size(capsys, f"--text={tmp_path}/a.txt", *extra)["orders"]["2"]["distinct"]
+        for extra in ((), ("--raw",))
+    )
+    backend = Tokenizer.from_file(str(corpus.tokenizer_file()))
+    ids = backend.encode("the cat, The cat, THE CAT\n", add_special_tokens=False).ids
+    assert raw == len(set(pairwise([None, *ids]))) > folded
 
 
 def test_size_of_the_shipped_corpus_is_printed_for_people_too(capsys):

@@ -27,7 +27,7 @@ def options(add: Callable[..., Any]) -> None:
         "(default: nano-engram)",
     )
     add("--model", type=Path, help="directory of a saved model instead")
-    add("--memory", help="a memory alone instead: paper, demo or deepseek-v4.1")
+    add("--memory", help="a memory alone instead: paper, demo, deepseek-v4.1 or qwen4-exp")
     add("--rho", type=float, help="also its twin with this share of experts")
     add("--context", type=int, default=256, help="tokens attended to (default: %(default)s)")
     setting(add, "model.hidden_size=256")

@@ -36,6 +36,7 @@ def options(add: Callable[..., Any]) -> None:
         help='text, or .jsonl with a "text" in each line; may be repeated (default: WordNet)',
     )
     add("--tokenizer", type=Path, help="tokenizer.json, or a directory with one (default: ours)")
+    add("--raw", action="store_true", help="count token ids as they are, not folded (Qwen4-Exp)")
     add("--tokens", type=int, help="read about so many at most (default: all)")
     add("--max-order", type=int, default=3, help="longest n-gram (default: %(default)s)")
     add("--heads", type=int, default=8, help="per order (default: %(default)s)")
@@ -52,7 +53,7 @@ def options(add: Callable[..., Any]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from engram_lm.analysis.collisions import collisions, rows_for
     from engram_lm.analysis.ngram_counts import NgramCounter
-    from engram_lm.memory.canonical import CanonicalMap, backend_of
+    from engram_lm.memory.canonical import CanonicalMap, backend_of, vocabulary_size
     from engram_lm.train import corpus
 
     for name in ("tokens", "heads", "head_dim"):
@@ -64,7 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
     backend = backend_of(arguments.tokenizer or corpus.tokenizer_file())
     backend.no_truncation()
     backend.no_padding()
-    with NgramCounter(CanonicalMap.from_tokenizer(backend), arguments.max_order) as counter:
+    if arguments.raw:
+        canonical = CanonicalMap.identity(vocabulary_size(backend))
+    else:
+        canonical = CanonicalMap.from_tokenizer(backend)
+    with NgramCounter(canonical, arguments.max_order) as counter:
         documents = _read(counter, backend, arguments.text or [], arguments.tokens)
         counts = _count(counter)
     orders = {}

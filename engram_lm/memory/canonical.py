@@ -70,8 +70,7 @@ class CanonicalMap:
         0.6 s for 129,280 ids. DataError where there is no fast tokenizer.
         """
         backend = backend_of(tokenizer)
-        entries = backend.get_vocab(with_added_tokens=True)
-        token_ids = max(entries.values(), default=-1) + 1
+        token_ids = vocabulary_size(backend)
         texts = backend.decode_batch(
             [[token_id] for token_id in range(token_ids)], skip_special_tokens=False
         )
@@ -112,6 +111,11 @@ class CanonicalMap:
                 f"{path}: holds a map of sha256 {canonical.sha256}, its metadata says {recorded}"
             )
         return canonical
+
+
+def vocabulary_size(backend: Tokenizer) -> int:
+    """V, one more than the highest token id, added tokens included."""
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def backend_of(tokenizer: Any) -> Tokenizer:

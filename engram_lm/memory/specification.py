@@ -20,7 +20,7 @@ import numpy as np
 from sympy import nextprime
 
 from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.memory.canonical import CanonicalMap, backend_of
+from engram_lm.memory.canonical import CanonicalMap, backend_of, vocabulary_size
 
 FORMAT = "engram-specification"
 VERSION = 2
@@ -184,7 +184,7 @@ class Specification:
         """
         if self.canonical_rule == "folded":
             return CanonicalMap.from_tokenizer(tokenizer)
-        ids = max(backend_of(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ids = vocabulary_size(backend_of(tokenizer))
         known = ids if self.vocabulary is None else self.vocabulary.token_ids
         if ids > known:
             raise MismatchError(

@@ -91,7 +91,17 @@ def deepseek_v41() -> MemoryBudget:
     )
 
 
-MEMORIES = {"paper": paper, "demo": demo, "deepseek-v4.1": deepseek_v41}
+def qwen4_exp() -> MemoryBudget:
+    """Qwen3.8-Flash-Next's: one table, bfloat16."""
+    return MemoryBudget(memory=config.qwen4_exp(), hidden_size=2_560)
+
+
+MEMORIES = {
+    "paper": paper,
+    "demo": demo,
+    "deepseek-v4.1": deepseek_v41,
+    "qwen4-exp": qwen4_exp,
+}
 
 
 def memory_budget(name: str, changes: dict[str, Any] | None = None) -> MemoryBudget:
