@@ -13,15 +13,24 @@ import torch
 import transformers.modeling_utils
 import transformers.utils.hub
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, canonical_map, tiny_config, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
-from engram_lm.model import EngramLMConfig, EngramLMForCausalLM, EngramLMModel, card, checksums
+from engram_lm.model import (
+    EngramLMConfig,
+    EngramLMForCausalLM,
+    EngramLMModel,
+    card,
+    checksums,
+    contents,
+)
 
 FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "modeling_engram_lm.py"),
@@ -430,3 +439,136 @@ def test_weights_loaded_before_the_map_are_compared_when_it_comes():
     with pytest.raises(MismatchError, match="trained with"):
         model.set_canonical_map(CanonicalMap.from_tokenizer(word_level()))
     assert model.model.addresses is None
+
+
+def info(capsys, directory: Path, status: int) -> dict:
+    assert main(["info", str(directory), "--json"]) == status
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_info_says_what_a_whole_directory_holds(capsys, whole):
+    found = info(capsys, whole, 0)
+    model = EngramLMForCausalLM.from_pretrained(whole)
+    specification = model.model.addresses.specification
+    assert found["whole"] and not found["problems"] and found["tokenizer"] == "beside it"
+    assert found["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["model"]["dtypes"] == {"F32": found["model"]["parameters"]}
+    assert found["memory"]["specification_sha256"] == specification.digest
+    assert found["memory"]["rows"] == {"0": 240, "2": 306}
+    sizes = {file["name"]: file["bytes"] for file in found["files"]}
+    assert sizes == {
+        path.name: path.stat().st_size for path in whole.iterdir() if path.name != "checksums.json"
+    }
+    assert main(["info", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert specification.digest[:32] in printed and printed.splitlines()[-1] == "whole"
+
+
+def test_info_reads_headers_and_not_weights(whole, monkeypatch):
+    read = []
+
+    class Watched:
+        def __init__(self, *arguments):
+            self.file = safe_open(*arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self.file = None
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(contents, "safe_open", Watched)
+    assert contents.read(whole).whole
+    assert read == ["model.seal.sha256"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_info_finds_every_file_that_is_out_of_step(damage, capsys, saved):
+    words = damage(saved)
+    checksums.write(saved)  # so that checksums alone would find nothing
+    found = info(capsys, saved, 1)
+    assert not found["whole"]
+    if damage not in (no_map, cut_weights):  # here `info` has other words for the same
+        assert any(all(word in line for word in words) for line in found["problems"])
+    assert main(["info", str(saved)]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"not whole, problems: {len(found['problems'])}"
+    assert printed[-2] == found["problems"][-1]
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"checksums.json", "README.md"}))
+def test_info_finds_a_flipped_bit_and_a_missing_file(name, saved):
+    sha = {file.name: file for file in checksums.verify(saved)}[name]
+    flipped(saved / name)
+    problems = contents.read(saved).problems
+    assert any(line.startswith(f"damaged: {name} has sha256 ") for line in problems)
+    assert sha.state == "whole"
+    (saved / name).unlink()
+    if name != "config.json":
+        assert f"missing: {name}" in contents.read(saved).problems
+
+
+def test_info_finds_missing_and_extra_shards(tmp_path):
+    small_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert contents.read(tmp_path).whole
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    shutil.copy(first, tmp_path / "model-copy.safetensors")
+    second.unlink()
+    found = contents.read(tmp_path)
+    states = {file.name: file.state for file in found.files}
+    assert states[second.name] == "missing" and states["model-copy.safetensors"] == "extra"
+    assert {f"missing: {second.name}"} < set(found.problems)
+
+
+def test_info_of_a_directory_without_checksums_or_specification_says_so(saved):
+    (saved / "checksums.json").unlink()
+    (saved / "specification.json").unlink()
+    assert contents.read(saved).problems == (
+        "missing: checksums.json, so no file can be verified",
+        "missing: specification.json",
+    )
+    EngramLMForCausalLM.from_pretrained(saved)  # config.json is what counts
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"model_type": "engram_lm", "streams": "x"}', "\0"], ids=repr
+)
+@pytest.mark.parametrize(
+    "name", ["config.json", "checksums.json", "specification.json", "tokenizer.json"]
+)
+def test_files_of_any_content_are_one_line(name, text, capsys, saved):
+    (saved / name).write_text(text)
+    assert not contents.read(saved).whole
+    if name == "checksums.json":
+        return  # only `info` reads it
+    assert main(["generate", f"--model={saved}", "--prompt=a"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("engram generate: error: ") and captured.err.count("\n") == 1
+
+
+def test_info_points_to_the_model_of_a_training_run(capsys, whole, tmp_path):
+    def refused(directory: Path) -> str:
+        assert main(["info", str(directory)]) == 2
+        return capsys.readouterr().err
+
+    assert "no such directory" in refused(tmp_path / "nowhere")
+    assert "no saved model" in refused(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "a model of type 'llama', not 'engram_lm'" in refused(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    assert "not saved its model yet" in refused(tmp_path)
+    shutil.copytree(whole, tmp_path / "model")
+    assert f"the model it saved is {tmp_path / 'model'}" in refused(tmp_path)

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from engram_lm.cli.settings import setting, settings
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.cli.settings import opening, setting, settings
+from engram_lm.errors import ConfigError
 
 HELP = "Print where parameters and FLOPs are."
 
@@ -32,9 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.context < 1:
         raise ConfigError(f"context={arguments.context}: at least 1")
     if arguments.model is not None:
-        if not (arguments.model / "config.json").is_file():
-            raise DataError(f"{arguments.model}: no config.json")
-        name, config = str(arguments.model), EngramLMConfig.from_pretrained(arguments.model)
+        with opening(arguments.model):
+            name, config = str(arguments.model), EngramLMConfig.from_pretrained(arguments.model)
     else:
         name, config = arguments.preset, preset(arguments.preset)
     config = configure(config, settings(arguments.set, ("model",))["model"])

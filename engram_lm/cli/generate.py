@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import prepare
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.cli.settings import opening, prepare
+from engram_lm.errors import ConfigError
 
 HELP = "Continue a text, streamed."
 
@@ -45,12 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"tokens={arguments.tokens}, temperature={arguments.temperature}: "
             "at least 1, and 0 or more"
         )
-    if not (arguments.model / "config.json").is_file():
-        raise DataError(
-            f"{arguments.model}: no config.json; `engram demo` or `engram train` makes a model"
-        )
-    model = EngramLMForCausalLM.from_pretrained(arguments.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    with opening(arguments.model):
+        model = EngramLMForCausalLM.from_pretrained(arguments.model).eval()
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.memory == "off" and model.config.memory is None:
         raise ConfigError("memory='off': this model has none")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt

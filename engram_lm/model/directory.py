@@ -5,9 +5,12 @@ engines, canonical_map.safetensors is the tokenizer's map, README.md the card; c
 whether the files are those that were saved.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
@@ -17,6 +20,12 @@ from engram_lm.memory.specification import Specification
 from engram_lm.model import card, checksums
 from engram_lm.model.checksums import SPECIFICATION
 from engram_lm.model.config import EngramLMConfig
+
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(StrictDataclassError, SafetensorError),
+)
+"""What the readers of JSON, configurations and weights raise for damaged files."""
 
 _DECODER = ("embed_tokens", "layers", "norm", "hc_head", "tables", "seal")
 _HUB = (
@@ -120,10 +129,15 @@ def check_loaded(path: Any, info: dict[str, Any], ignore_mismatched_sizes: bool)
         (info["missing_keys"], "the weights lack"),
         (info["unexpected_keys"], "config.json has no place for these weights:"),
     ):
-        decoder = sorted(key for key in keys if _part(key) in _DECODER)
+        decoder = [key for key in keys if _part(key) in _DECODER]
         if decoder:
-            more = f" and {len(decoder) - 1} more" if len(decoder) > 1 else ""
-            raise MismatchError(f"{path}: {words} {decoder[0]}{more}")
+            raise MismatchError(f"{path}: {words} {first(decoder)}")
+
+
+def first(names: Collection[str]) -> str:
+    """The first of many names, and how many more."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{min(names)}{more}"
 
 
 def _part(key: str) -> str:
