@@ -572,3 +572,11 @@ def test_info_points_to_the_model_of_a_training_run(capsys, whole, tmp_path):
     assert "not saved its model yet" in refused(tmp_path)
     shutil.copytree(whole, tmp_path / "model")
     assert f"the model it saved is {tmp_path / 'model'}" in refused(tmp_path)
+
+
+def test_a_tokenizer_without_a_first_token_generates_from_the_prompt_alone(capsys, whole):
+    base = ["generate", f"--model={whole}", "--json", "--tokens=3"]
+    assert main([*base, "--prompt=a"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["token_ids"]) == 3
+    assert main([*base, "--prompt="]) == 2
+    assert "prompt='': no tokens" in capsys.readouterr().err

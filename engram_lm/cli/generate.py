@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.cli.settings import opening, prepare
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
 
 HELP = "Continue a text, streamed."
 
@@ -51,7 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.memory == "off" and model.config.memory is None:
         raise ConfigError("memory='off': this model has none")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise DataError(f"prompt={prompt!r}: no tokens, and the tokenizer has none to begin with")
     torch.manual_seed(arguments.seed)
     streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
