@@ -580,3 +580,17 @@ def test_a_tokenizer_without_a_first_token_generates_from_the_prompt_alone(capsy
     assert len(json.loads(capsys.readouterr().out)["token_ids"]) == 3
     assert main([*base, "--prompt="]) == 2
     assert "prompt='': no tokens" in capsys.readouterr().err
+
+
+def test_a_model_in_a_subfolder_is_checked_there(whole):
+    model = EngramLMForCausalLM.from_pretrained(whole.parent, subfolder=whole.name)
+    assert model.model.addresses is not None
+
+
+def test_large_files_are_hashed_with_a_bar(whole, capsys, monkeypatch):
+    checksums.verify(whole)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(checksums, "_LARGE", 0)
+    checksums.verify(whole)
+    bar = capsys.readouterr().err
+    assert "verifying" in bar and "/s" in bar
