@@ -1,11 +1,13 @@
 """Conditional memory for language models: define, train, study, store and serve Engram tables.
 
-Names are imported when they are first used, so that addressing does not wait for transformers.
-Using any model class registers all of them with transformers' Auto classes.
+Names are imported when they are first used, so that addressing does not wait for transformers. Its
+Auto classes open our models as soon as this package is imported, before or after transformers.
 """
 
 from importlib import import_module
 from typing import Any
+
+from engram_lm.auto import announce
 
 _HOMES = {
     "AddressError": "engram_lm.errors",
@@ -43,3 +45,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+announce()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import DEEPSEEK_TOKENIZER
 
-from engram_lm.cli import main, parser
+from engram_lm.cli import VERBS, main, parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,7 +44,7 @@ def test_the_readmes_quick_commands_run(capsys):
 
 
 def test_the_readme_names_every_verb_with_help():
-    for verb in ("demo", "train", "generate", "rows", "budget", "size"):
+    for verb in VERBS:
         assert f"| `engram {verb}` |" in README
 
 

@@ -17,6 +17,7 @@ FLOORS = {
     "config": 1,
     "store": 2,
     "model": 3,
+    "auto": 4,
     "evaluate": 4,
     "train": 5,
     "analysis": 5,

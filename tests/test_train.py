@@ -220,3 +220,16 @@ def test_keeping_freed_memory_is_reported_where_it_is_possible():
     code = "from engram_lm.train.allocator import keep_freed_memory as k; print(k())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(sys.platform.startswith("linux"))
+
+
+def test_a_checkpoint_without_the_specification_among_its_weights_is_refused(parts, tmp_path):
+    run = start(parts, tmp_path)
+    for _ in range(3):
+        run.step()
+    run.close()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["model"]["model.seal.sha256"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(MismatchError, match="Missing key.*model.seal.sha256") as refused:
+        start(parts, tmp_path)
+    assert "\n" not in str(refused.value)

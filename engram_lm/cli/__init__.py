@@ -7,7 +7,7 @@ One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside 
 import argparse
 import sys
 
-from engram_lm.cli import budget, demo, generate, rows, size, train
+from engram_lm.cli import budget, demo, generate, info, rows, size, train
 from engram_lm.errors import EngramError
 
 VERBS = {
@@ -17,6 +17,7 @@ VERBS = {
     "rows": rows,
     "budget": budget,
     "size": size,
+    "info": info,
 }
 
 
@@ -24,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of `engram`. Returns the exit status."""
     parsed = parser().parse_args(arguments)
     try:
-        VERBS[parsed.verb].run(parsed)
+        # Only a verb whose answer can be no returns a status: `info` where files are not whole.
+        return VERBS[parsed.verb].run(parsed) or 0
     except EngramError as error:
         print(f"engram {parsed.verb}: error: {error}", file=sys.stderr)
         return 2
@@ -33,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"engram {parsed.verb}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:

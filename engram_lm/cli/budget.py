@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from engram_lm.cli.settings import setting, settings
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.cli.settings import opening, setting, settings
+from engram_lm.errors import ConfigError
 
 if TYPE_CHECKING:
     from engram_lm.model.budget import Component
@@ -54,9 +54,8 @@ def _model(arguments: argparse.Namespace, changes: dict[str, Any]) -> None:
     if arguments.context < 1:
         raise ConfigError(f"context={arguments.context}: at least 1")
     if arguments.model is not None:
-        if not (arguments.model / "config.json").is_file():
-            raise DataError(f"{arguments.model}: no config.json")
-        name, config = str(arguments.model), EngramLMConfig.from_pretrained(arguments.model)
+        with opening(arguments.model):
+            name, config = str(arguments.model), EngramLMConfig.from_pretrained(arguments.model)
     else:
         name = arguments.preset or "nano-engram"
         config = preset(name)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import prepare
+from engram_lm.cli.settings import opening, prepare
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Continue a text, streamed."
@@ -45,16 +45,16 @@ def run(arguments: argparse.Namespace) -> None:
             f"tokens={arguments.tokens}, temperature={arguments.temperature}: "
             "at least 1, and 0 or more"
         )
-    if not (arguments.model / "config.json").is_file():
-        raise DataError(
-            f"{arguments.model}: no config.json; `engram demo` or `engram train` makes a model"
-        )
-    model = EngramLMForCausalLM.from_pretrained(arguments.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    with opening(arguments.model):
+        model = EngramLMForCausalLM.from_pretrained(arguments.model).eval()
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.memory == "off" and model.config.memory is None:
         raise ConfigError("memory='off': this model has none")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise DataError(f"prompt={prompt!r}: no tokens, and the tokenizer has none to begin with")
     torch.manual_seed(arguments.seed)
     streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}

@@ -1,11 +1,13 @@
 """What several verbs share: `--set`, and how a process is prepared."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
 
 
 def setting(add: Callable[..., Any], example: str) -> None:
@@ -51,6 +53,21 @@ def train_config(config: Any, changes: dict[str, Any]) -> Any:
             raise ConfigError(f"train.{name}={value!r}: {names[name].__name__} is needed")
         changes[name] = value
     return replace(config, **changes)
+
+
+@contextmanager
+def opening(directory: Path) -> Iterator[None]:
+    """One line for what transformers says of a saved model that it cannot read. DataError."""
+    if not (directory / "config.json").is_file():
+        raise DataError(
+            f"{directory}: no config.json; `engram demo` or `engram train` makes a model"
+        )
+    from engram_lm.model.directory import UNREADABLE
+
+    try:
+        yield
+    except UNREADABLE as error:
+        raise DataError(f"{directory}: {' '.join(str(error).split())}") from error
 
 
 def prepare(threads: int | None) -> Any:

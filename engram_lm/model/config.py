@@ -1,7 +1,10 @@
 """The configuration of a model: DeepSeek-V3's fields, streams, and a memory."""
 
 import json
+import os
+import shutil
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +12,9 @@ from transformers import DeepseekV3Config
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
+
+REMOTE_CODE = "modeling_engram_lm.py"
+"""A file beside every saved model that leads transformers to this package."""
 
 
 @strict
@@ -73,6 +79,27 @@ class EngramLMConfig(DeepseekV3Config):
     def memory_config(self) -> MemoryConfig | None:
         """`memory` as an object."""
         return None if self.memory is None else _memory_config(json.dumps(self.memory))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As everywhere in transformers; beside it the file that `auto_map` names."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        shutil.copyfile(Path(__file__).with_name(REMOTE_CODE), Path(save_directory) / REMOTE_CODE)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds; `auto_map` is for those who have not imported this package."""
+        module = REMOTE_CODE.removesuffix(".py")
+        auto_map = {
+            "AutoConfig": f"{module}.EngramLMConfig",
+            "AutoModel": f"{module}.EngramLMModel",
+            "AutoModelForCausalLM": f"{module}.EngramLMForCausalLM",
+        }
+        return {**super().to_diff_dict(), "auto_map": auto_map}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would from now on copy this module beside every saved model."""
 
     def _check(self) -> None:
         if len(self.mlp_layer_types or []) != self.num_hidden_layers:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers import initialization as init
@@ -30,19 +31,21 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4HyperConnection,
     DeepseekV4HyperHead,
 )
-from transformers.utils import cached_file, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.memory.canonical import FILE_NAME, CanonicalMap
+from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.table import Table
+from engram_lm.model import directory
 from engram_lm.model.cache import decoding_state
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.layer import EngramLMDecoderLayer, Reading
+from engram_lm.model.seal import Seal
 
 
 class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -84,32 +87,56 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
             init.constant_(module.norm_weight, 1.0 - module.norm_offset)
             init.zeros_(module.weight)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As everywhere in transformers; a model with memory adds its canonical map."""
-        super().save_pretrained(save_directory, **kwargs)
-        addresses = self.base_model.addresses
-        if addresses is not None:
-            addresses.canonical.save(save_directory)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """As everywhere in transformers; beside the weights all that the model needs to be whole.
+
+        Specification, canonical map, model card (one of your own is kept) and checksums.
+        """
+        if not self.should_save_on_this_rank(is_main_process):
+            return super().save_pretrained(save_directory, is_main_process, **kwargs)
+        directory.begin(self, Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if not kwargs.get("push_to_hub"):
+            directory.finish(self, Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: str, *arguments: Any, **kwargs: Any) -> Any:
+        directory.finish_upload(self, Path(working_dir))
+        return super()._upload_modified_files(working_dir, *arguments, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path: Any, *inputs: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
-        """As everywhere in transformers. Refuses a canonical map or tokenizer that is not the
-        model's.
+    def from_pretrained(
+        cls,
+        path: Any,
+        *inputs: Any,
+        tokenizer: Any = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As everywhere in transformers, but config, specification, canonical map, weights and
+        tokenizer must be of one model, or it raises MismatchError.
 
         A tokenizer.json beside the weights is always checked, `tokenizer` as well where it is
-        given.
+        given. DataError if the canonical map or the weights cannot be read.
         """
-        loaded = super().from_pretrained(path, *inputs, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.config.memory is not None:
-            hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-            model.set_canonical_map(CanonicalMap.load(cached_file(path, FILE_NAME, **hub)))
-            specification = model.base_model.addresses.specification
-            if (Path(path) / "tokenizer.json").is_file():
-                specification.bind(specification.canonical_map(path))
-            if tokenizer is not None:
-                specification.bind(specification.canonical_map(tokenizer))
-        return loaded
+        canonical = directory.canonical_map(path, tokenizer, kwargs)
+        try:
+            # Sizes are compared below, where the error can say which and how.
+            loaded: Any = super().from_pretrained(
+                path, *inputs, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise DataError(f"{path}: the weights cannot be read ({error})") from error
+        model, info = loaded
+        directory.check_loaded(path, info, ignore_mismatched_sizes)
+        if canonical is not None:
+            model.set_canonical_map(canonical)
+        return (model, info) if output_loading_info else model
 
     def set_canonical_map(self, canonical: CanonicalMap) -> None:
         """Gives a model with memory its tokenizer's map. MismatchError if it has another."""
@@ -122,6 +149,7 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
                 f"{self.config.vocab_size}"
             )
         addresses = Addresses(memory.specification, canonical)
+        self.base_model.seal.set(addresses.specification.digest)
         self.config.memory = replace(memory, specification=addresses.specification).to_dict()
         self.base_model.addresses = addresses
 
@@ -143,6 +171,7 @@ class EngramLMModel(EngramLMPreTrainedModel):
         self.keep = 0
         memory = config.memory_config
         if memory is not None:
+            self.seal = Seal()
             for layer in memory.specification.layers:
                 rows = memory.specification.table_rows(layer)
                 self.tables[str(layer)] = Table(rows, memory.head_dim)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
+from engram_lm.errors import MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
 from engram_lm.model.modeling import EngramLMForCausalLM
@@ -192,7 +193,11 @@ class Run:
         if state is None:
             metrics.write_text("")
             return
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:  # written by a version whose models had other tensors
+            reason = " ".join(str(error).split())
+            raise MismatchError(f"{self.out / checkpoint.FILE_NAME}: {reason}") from error
         self.optimizers.load_state_dict(state["optimizers"])
         self.step_number, self.seconds = state["step"], state["seconds"]
         # Steps after the checkpoint will be taken, and logged, again.

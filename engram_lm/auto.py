@@ -1,0 +1,64 @@
+"""What `import engram_lm` does for transformers: its Auto classes know a config.json of ours.
+
+One entry in transformers' table of configurations, made when that table is, whichever of the two
+packages is imported first. Importing the models at once would be simpler, but it takes 5 seconds
+that `engram rows` and memories under other people's models need not wait; transformers has no entry
+points. The entry is a stand-in that imports the models, and so registers the real classes, when a
+model is opened.
+"""
+
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from typing import Any
+
+MODEL_TYPE = "engram_lm"
+_TABLE = "transformers.models.auto.configuration_auto"
+
+
+def announce() -> None:
+    """Adds the entry now if transformers has its table already, or else when it makes it."""
+    if _TABLE in sys.modules:
+        _register(sys.modules[_TABLE])
+    else:
+        sys.meta_path.insert(0, _Watcher())
+
+
+class _Watcher(MetaPathFinder):
+    """Waits for one import, adds the entry after it, and is gone."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != _TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+class _StandIn:
+    """EngramLMConfig, imported when something is first asked of it.
+
+    It must not be imported as the table is made: transformers may be half imported at that time.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module("engram_lm.model").EngramLMConfig, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("engram_lm.model").EngramLMConfig(*args, **kwargs)
+
+
+def _register(table: Any) -> None:
+    if MODEL_TYPE not in table.CONFIG_MAPPING:
+        table.CONFIG_MAPPING.register(MODEL_TYPE, _StandIn())

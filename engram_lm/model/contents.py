@@ -1,0 +1,225 @@
+"""What a saved directory holds, and whether it is whole. Weights are not loaded: headers only."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from engram_lm.errors import DataError, EngramError
+from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
+from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.memory.specification import Specification
+from engram_lm.model import checksums
+from engram_lm.model.checksums import SPECIFICATION, Checked
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.directory import UNREADABLE, compare, first
+from engram_lm.model.modeling import EngramLMForCausalLM, EngramLMModel
+from engram_lm.model.seal import digest
+
+_CLASSES = {kind.__name__: kind for kind in (EngramLMForCausalLM, EngramLMModel)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """One saved model. Whole: every file is the one that was saved, and all are of one model."""
+
+    directory: str
+    model: dict[str, Any]
+    """architecture, layers, hidden_size, streams, parameters, dtypes (name -> parameters)."""
+    memory: dict[str, Any] | None
+    tokenizer: str
+    """beside it, none, or another's."""
+    files: tuple[Checked, ...]
+    problems: tuple[str, ...]
+    """One line each; empty if the directory is whole."""
+
+    @property
+    def whole(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"whole": self.whole, **asdict(self)}
+
+
+def read(directory: Path) -> Contents:
+    """Looks at every file. DataError where there is no saved model of ours at all."""
+    _check_kind(directory)
+    problems: list[str] = []
+    try:
+        files = checksums.verify(directory)
+    except DataError as error:
+        problems.append(str(error))
+        files = checksums.unverified(directory)
+    problems += [file.problem for file in files if file.problem is not None]
+    model: dict[str, Any] = {}
+    memory, tokenizer = None, "none"
+    tensors = _tensors(directory, problems)
+    with _noting(problems, "config.json"):
+        config = EngramLMConfig.from_pretrained(directory)
+        model = _model(config, tensors, problems)
+        memory = _memory(directory, config, tensors, problems)
+        tokenizer = _tokenizer(directory, config, problems)
+    return Contents(
+        directory=str(directory),
+        model=model,
+        memory=memory,
+        tokenizer=tokenizer,
+        files=tuple(files),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def _check_kind(directory: Path) -> None:
+    if (directory / "model" / "config.json").is_file():
+        raise DataError(f"{directory}: a training run; the model it saved is {directory / 'model'}")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise DataError(f"{directory}: no config.json, so no saved model")
+    if (directory / "metrics.jsonl").exists():
+        raise DataError(f"{directory}: a training run that has not saved its model yet")
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+    except (ValueError, AttributeError):
+        return  # said in one line when the configuration is read
+    if kind != EngramLMConfig.model_type:
+        raise DataError(f"{directory}: a model of type {kind!r}, not {EngramLMConfig.model_type!r}")
+
+
+@contextmanager
+def _noting(problems: list[str], name: str) -> Iterator[None]:
+    """A line in problems instead of an error, where the file `name` will not do."""
+    try:
+        yield
+    except EngramError as error:
+        problems.append(str(error))
+    except UNREADABLE as error:
+        problems.append(f"{name}: {' '.join(str(error).split())}")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    shape: tuple[int, ...]
+    dtype: str
+    path: Path
+
+
+def _tensors(directory: Path, problems: list[str]) -> dict[str, _Tensor]:
+    """Every tensor of the weights, by the headers of the files that from_pretrained reads."""
+    paths = [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if not paths[0].exists() and index.exists():
+        with _noting(problems, index.name):
+            weights = json.loads(index.read_text())["weight_map"]
+            paths = [directory / name for name in sorted(set(weights.values()))]
+    tensors: dict[str, _Tensor] = {}
+    for path in paths:
+        if not path.exists():
+            problems.append(f"missing: {path.name}")
+            continue
+        with _noting(problems, path.name):
+            tensors |= _header(path)
+    return tensors
+
+
+def _header(path: Path) -> dict[str, _Tensor]:
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: _Tensor(tuple(part.get_shape()), part.get_dtype(), path)
+            for name, part in slices.items()
+        }
+
+
+def _model(
+    config: EngramLMConfig, tensors: dict[str, _Tensor], problems: list[str]
+) -> dict[str, Any]:
+    architecture = (config.architectures or ["EngramLMForCausalLM"])[0]
+    with torch.device("meta"):
+        model = _CLASSES.get(architecture, EngramLMForCausalLM)(config)
+    tied = model.all_tied_weights_keys
+    expected = {name: value for name, value in model.state_dict().items() if name not in tied}
+    for name, value in expected.items():
+        if name in tensors and tensors[name].shape != tuple(value.shape):
+            problems.append(
+                f"mismatch: {name} has shape {tensors[name].shape} in the weights, "
+                f"{tuple(value.shape)} by config.json"
+            )
+    for names, words in (
+        (set(expected) - set(tensors), "missing: the weights lack"),
+        (set(tensors) - set(expected), "extra: config.json has no place for these weights:"),
+    ):
+        if names and tensors:
+            problems.append(f"{words} {first(names)}")
+    parameters = {name for name, _ in model.named_parameters()}
+    dtypes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if name in parameters:
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return {
+        "architecture": architecture,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "streams": config.streams,
+        "parameters": sum(dtypes.values()),
+        "dtypes": dtypes,
+    }
+
+
+def _memory(
+    directory: Path, config: EngramLMConfig, tensors: dict[str, _Tensor], problems: list[str]
+) -> dict[str, Any] | None:
+    memory = config.memory_config
+    if memory is None:
+        return None
+    specification = memory.specification
+    if (directory / SPECIFICATION).exists():
+        with _noting(problems, SPECIFICATION):
+            compare(Specification.load(directory / SPECIFICATION), specification)
+    else:
+        problems.append(f"missing: {SPECIFICATION}")
+    with _noting(problems, CANONICAL_MAP):
+        specification.bind(CanonicalMap.load(directory / CANONICAL_MAP))
+    for name in ("seal.sha256", "model.seal.sha256"):
+        if name in tensors:
+            with _noting(problems, tensors[name].path.name):
+                _check_seal(tensors[name].path, name, specification)
+    rows = {layer: specification.table_rows(layer) for layer in specification.layers}
+    return {
+        "specification_sha256": specification.digest,
+        "layers": list(specification.layers),
+        "orders": [2, specification.max_order],
+        "heads": specification.heads,
+        "rows": {str(layer): count for layer, count in rows.items()},
+        "head_dim": memory.head_dim,
+        "parameters": sum(rows.values()) * memory.head_dim,
+    }
+
+
+def _check_seal(path: Path, name: str, specification: Specification) -> None:
+    with safe_open(path, "pt") as file:
+        found = digest(file.get_tensor(name))
+    if found != specification.digest:
+        raise DataError(
+            f"mismatch: the weights were trained with the specification of sha256 {found}, "
+            f"config.json holds {specification.digest}"
+        )
+
+
+def _tokenizer(directory: Path, config: EngramLMConfig, problems: list[str]) -> str:
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return "none"
+    if config.memory_config is not None:
+        before = len(problems)
+        with _noting(problems, path.name):
+            specification = config.memory_config.specification
+            specification.bind(specification.canonical_map(path))
+        if len(problems) > before:
+            return "another's"
+    return "beside it"

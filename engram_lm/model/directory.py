@@ -1,0 +1,148 @@
+"""What a saved model needs beside its weights: finished on saving, checked on loading.
+
+config.json holds the specification and is what counts. specification.json repeats it for other
+engines, canonical_map.safetensors is the tokenizer's map, README.md the card; checksums.json says
+whether the files are those that were saved.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils.hub import cached_file
+
+from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
+from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.memory.specification import Specification
+from engram_lm.model import card, checksums
+from engram_lm.model.checksums import SPECIFICATION
+from engram_lm.model.config import EngramLMConfig
+
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(StrictDataclassError, SafetensorError),
+)
+"""What the readers of JSON, configurations and weights raise for damaged files."""
+
+_DECODER = ("embed_tokens", "layers", "norm", "hc_head", "tables", "seal")
+_HUB = (
+    *("cache_dir", "force_download", "local_files_only"),
+    *("proxies", "revision", "subfolder", "token"),
+)
+
+
+def begin(model: Any, directory: Path) -> None:
+    """Before weights are written. ConfigError for a model that could not be loaded again."""
+    if model.config.memory is not None and model.base_model.addresses is None:
+        raise ConfigError(
+            "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t)) before saving"
+        )
+    # From here on the old ones would be wrong.
+    (directory / checksums.FILE_NAME).unlink(missing_ok=True)
+
+
+def finish(model: Any, directory: Path) -> None:
+    """Adds what belongs to the weights that have just been written, checksums last."""
+    _remove_stale(directory)
+    addresses = model.base_model.addresses
+    if addresses is None:
+        (directory / CANONICAL_MAP).unlink(missing_ok=True)
+        (directory / SPECIFICATION).unlink(missing_ok=True)
+    else:
+        addresses.canonical.save(directory)
+        addresses.specification.save(directory / SPECIFICATION)
+    card.write(model.config, directory)
+    checksums.write(directory)
+
+
+def finish_upload(model: Any, directory: Path) -> None:
+    """The same before an upload, which comes before save_pretrained returns, or long after."""
+    if (directory / checksums.FILE_NAME).exists():
+        card.write(model.config, directory)
+    else:
+        finish(model, directory)
+
+
+def _remove_stale(directory: Path) -> None:
+    # transformers leaves one file behind when it saves shards, and reads that one file first.
+    pair = [directory / "model.safetensors", directory / "model.safetensors.index.json"]
+    if all(path.exists() for path in pair):
+        min(pair, key=lambda path: path.stat().st_mtime_ns).unlink()
+
+
+def canonical_map(path: Any, tokenizer: Any, options: dict[str, Any]) -> CanonicalMap | None:
+    """The map of a saved model, None where it has no memory; before any weights are read.
+
+    Raises DataError if it is missing or damaged, MismatchError if config, specification, map and
+    tokenizer (the one beside the weights, and `tokenizer`) are not of one model.
+    """
+    hub = {name: options[name] for name in _HUB if name in options}
+    config = options.get("config")
+    if not isinstance(config, EngramLMConfig):
+        config = EngramLMConfig.from_pretrained(config or path, **hub)
+    memory = config.memory_config
+    if memory is None:
+        return None
+    specification = memory.specification
+    copy = _beside(path, SPECIFICATION, hub)
+    if copy is not None:
+        compare(Specification.load(copy), specification)
+    file = _beside(path, CANONICAL_MAP, hub)
+    if file is None:
+        raise DataError(f"{path}: no {CANONICAL_MAP}; save_pretrained writes it beside the weights")
+    canonical = CanonicalMap.load(file)
+    specification = specification.bind(canonical)
+    for given in (_beside(path, "tokenizer.json", hub), tokenizer):
+        if given is not None:
+            specification.bind(specification.canonical_map(given))
+    return canonical
+
+
+def compare(copy: Specification, specification: Specification) -> None:
+    """MismatchError unless specification.json says what config.json says."""
+    if copy.digest != specification.digest:
+        raise MismatchError(
+            f"{SPECIFICATION} has sha256 {copy.digest}, the specification in config.json "
+            f"{specification.digest}: they are of two models"
+        )
+
+
+def _beside(path: Any, name: str, hub: dict[str, Any]) -> str | None:
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def check_loaded(path: Any, info: dict[str, Any], ignore_mismatched_sizes: bool) -> None:
+    """MismatchError if the weights lack a part of the decoder, or hold one that it has not.
+
+    transformers would draw new values for the one and drop the other. Heads are not our business.
+    """
+    for key, saved, wanted in sorted(info["mismatched_keys"]):
+        if _is_memory(key) or not ignore_mismatched_sizes:
+            raise MismatchError(
+                f"{path}: {key} has shape {tuple(saved)} in the weights, {tuple(wanted)} by "
+                "config.json"
+            )
+    for keys, words in (
+        (info["missing_keys"], "the weights lack"),
+        (info["unexpected_keys"], "config.json has no place for these weights:"),
+    ):
+        decoder = [key for key in keys if _part(key) in _DECODER]
+        if decoder:
+            raise MismatchError(f"{path}: {words} {first(decoder)}")
+
+
+def first(names: Collection[str]) -> str:
+    """The first of many names, and how many more."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{min(names)}{more}"
+
+
+def _part(key: str) -> str:
+    return key.removeprefix("model.").split(".")[0]
+
+
+def _is_memory(key: str) -> bool:
+    return _part(key) in ("tables", "seal") or ".engram." in key
