@@ -43,7 +43,7 @@ def test_the_readmes_quick_commands_run(capsys):
 
 
 def test_the_readme_names_every_verb_with_help():
-    for verb in ("demo", "train", "generate", "rows", "budget"):
+    for verb in ("demo", "data", "train", "generate", "rows", "budget"):
         assert f"| `engram {verb}` |" in README
 
 
