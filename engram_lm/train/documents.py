@@ -144,8 +144,11 @@ class HubDataset:
             raise _missing(self.name, "datasets") from error
         try:
             rows = load_dataset(self.dataset, self.config, split=self.split, streaming=True)
+            read = 0
             for number, record in enumerate(rows.skip(first), start=first + 1):
-                yield Document(_text(record, self.field, f"{self.name}, row {number}"), 0)
+                text = _text(record, self.field, f"{self.name}, row {number}")
+                read += len(text.encode())
+                yield Document(text, read)
         except DataError:
             raise
         # What can go wrong depends on the data set's host and file format, and so do the errors.

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.memory.canonical import CanonicalMap, backend_of
+from engram_lm.memory.canonical import backend_of
 
 
 class Encoder:
@@ -66,9 +66,6 @@ class Encoder:
         """Token ids of each text, without the separator."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-
-    def canonical_map(self) -> CanonicalMap:
-        return CanonicalMap.from_tokenizer(self.backend)
 
     def fast(self) -> PreTrainedTokenizerFast:
         """The transformers tokenizer that goes with a trained model."""

@@ -4,7 +4,7 @@ What a killed process leaves is finished shards and `unfinished.sqlite`: the dig
 documents in them and the place to go on from, committed together. Going on gives the bytes of a run
 that was never interrupted, because a shard holds whole batches, counted from its own first.
 
-Held in memory: one shard's token ids, one batch, and a bounded cache of digests.
+Held in memory: one shard, twice while it is written, one batch, and a bounded cache of digests.
 """
 
 import contextlib

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from engram_lm.errors import DataError, MismatchError
 from engram_lm.train import checkpoint
@@ -86,11 +86,13 @@ def write(
         for name, packed in splits.items()
         for field, values in packed._asdict().items()
     }
-    # One entry: safetensors writes several in an order that changes from process to process.
-    save_file(tensors, aside, metadata={"label": json.dumps(label(number, encoder))})
-    with aside.open("rb") as file:
+    # One entry: safetensors writes several in an order that differs between processes. Its own
+    # save_file would leave a file of random name behind where the process is killed.
+    content = save(tensors, metadata={"label": json.dumps(label(number, encoder))})
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     os.replace(aside, path)
     counts = {
         name: {
@@ -100,7 +102,7 @@ def write(
         }
         for name, packed in splits.items()
     }
-    return {"file": path.name, "sha256": digest, **counts}
+    return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), **counts}
 
 
 def write_text(path: Path, text: str) -> None:
