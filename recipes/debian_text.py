@@ -67,6 +67,14 @@ def extract(packages: Iterable[str], work: Path, console: Console) -> dict[str, 
     return found
 
 
+def notice(source: str, packages: dict[str, Path]) -> Path:
+    """A package's copyright file; some are links into another package."""
+    directory = packages[source] / "usr/share/doc" / source
+    if directory.is_symlink():
+        return notice(directory.readlink().name, packages)
+    return directory / "copyright"
+
+
 class Corpus:
     """JSONL files without repeated documents or paragraphs, and what was left out, by source."""
 
@@ -112,8 +120,7 @@ def main() -> None:
     (out / "licences").mkdir(exist_ok=True)
     for source, directory in track(packages.items(), "writing prose", console=console):
         made.add(source, SOURCES[source](directory))
-        notice = directory / "usr/share/doc" / source / "copyright"
-        shutil.copy(notice, out / "licences" / source)
+        shutil.copy(notice(source, packages), out / "licences" / source)
     prose_seconds = time.perf_counter() - started
     started = time.perf_counter()
     request = Request(sources=tuple(str(out / f"{source}.jsonl") for source in SOURCES))

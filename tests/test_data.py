@@ -288,6 +288,13 @@ def test_any_stretch_of_the_shards_is_that_of_the_whole(prepared):
         assert np.array_equal(split.starts(first, last), starts[first:last])
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what is mapped")
+def test_shards_are_mapped_into_memory_and_not_loaded(prepared):
+    split = Shards(prepared).split("train")
+    assert str(prepared / "shard-00000.safetensors") in Path("/proc/self/maps").read_text()
+    assert not any(packed.ids_T.flags.owndata for packed in split.shards)
+
+
 def test_positions_of_a_batch_begin_again_at_every_document(prepared):
     split = Shards(prepared).split("train")
     batches = Batches(split, batch=8, context=64, seed=3)
@@ -439,6 +446,7 @@ def test_a_model_takes_the_vocabulary_of_its_data(capsys, tmp_path):
         ),
         ("a.jsonl", b'{"text": 1}\n', "a.jsonl:1: field 'text' holds int"),
         ("a.jsonl", b'{"text": "a"}\n\n', "a.jsonl:2: not a JSON object"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: field 'text' is not Unicode text"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1: not a JSON object"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not UTF-8"),
         ("a.jsonl", b'{"text": " "}\n', "no document with any text"),
@@ -474,6 +482,7 @@ def test_columns_without_documents_are_one_line(capsys, tmp_path):
         (["--separator=<none>"], "separator='<none>': the tokenizer has no such token"),
         (["--tokenizer=/nowhere"], "No such file"),
         (["/nowhere.txt"], "/nowhere.txt: no such file"),
+        (["--out=/dev/null"], "/dev/null: File exists"),
         (["/nowhere"], "/nowhere: its ending is none of"),
     ],
     ids=str,

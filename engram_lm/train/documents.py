@@ -201,6 +201,10 @@ def _text(record: dict[str, Any], field: str, place: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{place}: field {field!r} holds {type(text).__name__}, text is needed")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise DataError(f"{place}: field {field!r} is not Unicode text ({error.reason})") from error
     return text
 
 

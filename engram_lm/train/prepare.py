@@ -120,7 +120,10 @@ def prepare(request: Request, encoder: Encoder, out: Path, console: Console) -> 
         _same(out, index, wanted)
         unfinished.unlink(missing_ok=True)
         return index
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out}: {error.strerror}") from error
     with contextlib.closing(Digests(unfinished)) as digests:
         record = digests.record()
         if record is None:
@@ -257,8 +260,11 @@ def _read(named: list[tuple[int, Part]], place: Place) -> Iterator[Read]:
     for number in range(place.part, len(named)):
         source, part = named[number]
         first = place.document if number == place.part else 0
-        for document, found in enumerate(part.documents(first), start=first + 1):
-            yield Read(found.text, source, Place(number, document), found.read)
+        try:
+            for document, found in enumerate(part.documents(first), start=first + 1):
+                yield Read(found.text, source, Place(number, document), found.read)
+        except OSError as error:
+            raise DataError(f"{part.name}: {error.strerror or error}") from error
 
 
 def _batches(documents: Iterable[Read], characters: int) -> Iterator[list[Read]]:
