@@ -41,9 +41,8 @@ def main() -> None:
                 tokenizer,
                 config,
                 Path(directory) / preset,
-                training_ids=corpus.tokens("train", config.tokens + 1).ids,
-                validation_ids=corpus.tokens("validation", 1000).ids,
-                token_bytes=corpus.token_bytes(),
+                training=corpus.stream("train", config.tokens + 1),
+                validation=corpus.stream("validation", 1000),
             )
             for name, preset in ARMS.items()
         }

@@ -21,6 +21,7 @@ from engram_lm.train import corpus
 from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run, read_metrics
+from engram_lm.train.stream import Continuous
 
 CONFIG = TrainConfig(
     tokens=8 * 4 * 32,
@@ -39,9 +40,8 @@ def parts():
     return (
         tokenizer,
         CanonicalMap.from_tokenizer(tokenizer),
-        corpus.tokens("train", 3000).ids,
-        corpus.tokens("validation", 600).ids,
-        corpus.token_bytes(),
+        corpus.stream("train", 3000),
+        corpus.stream("validation", 600),
     )
 
 
@@ -54,16 +54,19 @@ def small_model(canonical: CanonicalMap, seed: int = 0) -> EngramLMForCausalLM:
     return model
 
 
+def in_memory(ids) -> Continuous:
+    return Continuous(ids, corpus.token_bytes())
+
+
 def start(parts, out: Path, config: TrainConfig = CONFIG, training=None) -> Run:
-    tokenizer, canonical, training_ids, validation_ids, token_bytes = parts
+    tokenizer, canonical, training_stream, validation = parts
     return Run(
         small_model(canonical, config.seed),
         tokenizer,
         config,
         out,
-        training_ids=training_ids if training is None else training,
-        validation_ids=validation_ids,
-        token_bytes=token_bytes,
+        training=training_stream if training is None else training,
+        validation=validation,
     )
 
 
@@ -143,7 +146,7 @@ def test_a_checkpoint_of_other_data_settings_or_model_is_refused(parts, tmp_path
     with pytest.raises(MismatchError, match=r"train.lr is 0.004, this run has 0.001"):
         start(parts, tmp_path, replace(CONFIG, lr=1e-3))
     with pytest.raises(MismatchError, match="data_sha256"):
-        start(parts, tmp_path, training=parts[2][1:])
+        start(parts, tmp_path, training=in_memory(parts[2].ids_T[1:]))
 
 
 def test_a_damaged_checkpoint_is_named(parts, tmp_path):
@@ -181,17 +184,18 @@ def test_a_command_killed_with_sigkill_ends_as_if_it_had_not_been(tmp_path):
 
 
 def test_every_window_is_seen_once_in_each_pass():
-    batches = Batches(np.arange(321, dtype=np.uint16), batch=4, context=32, seed=5)
+    batches = Batches(in_memory(np.arange(321, dtype=np.uint16)), batch=4, context=32, seed=5)
     inputs = torch.cat([batches[step][0] for step in range(5)])  # 20 windows, 10 a pass
     for part in (inputs[:10], inputs[10:]):
         assert sorted(part.flatten().tolist()) == list(range(320))
     assert not torch.equal(inputs[:10], inputs[10:])
-    first, later = batches[0]
+    first, later, positions = batches[0]
+    assert positions is None
     assert torch.equal(first + 1, later)
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    ids = np.arange(3000, dtype=np.uint16)
+    ids = in_memory(np.arange(3000, dtype=np.uint16))
     one, other = (Batches(ids, batch=4, context=32, seed=5) for _ in range(2))
     later = one[7][0]
     assert torch.equal(later, [other[step] for step in (9, 0, 7)][2][0])

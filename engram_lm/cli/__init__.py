@@ -7,10 +7,11 @@ One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside 
 import argparse
 import sys
 
-from engram_lm.cli import budget, demo, generate, info, rows, size, train
+from engram_lm.cli import budget, data, demo, generate, info, rows, size, train
 from engram_lm.errors import EngramError
 
 VERBS = {
+    "data": data,
     "demo": demo,
     "train": train,
     "generate": generate,

@@ -1,4 +1,4 @@
-"""`engram train`: train one model on the WordNet corpus."""
+"""`engram train`: train one model on the WordNet corpus, or on token shards."""
 
 import argparse
 import json
@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.cli.settings import prepare, setting, settings, train_config
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, MismatchError
 
-HELP = "Train one model on the WordNet corpus."
+HELP = "Train one model on the WordNet corpus, or on what `engram data` made."
 
 
 def options(add: Callable[..., Any]) -> None:
     add("--preset", default="nano-engram", help="nano-moe or nano-engram (default: %(default)s)")
     add("--out", type=Path, required=True, help="directory; goes on if it holds a checkpoint")
+    add("--data", type=Path, help="directory of `engram data` (default: the WordNet corpus)")
     add("--tokens", type=int, default=1_100_000, help="to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     add("--threads", type=int, help="processor threads (default: all cores)")
@@ -23,13 +24,15 @@ def options(add: Callable[..., Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from engram_lm.memory.canonical import CanonicalMap
+    from engram_lm.memory.canonical import backend_of, vocabulary_size
     from engram_lm.model.modeling import EngramLMForCausalLM
-    from engram_lm.model.presets import configure, preset
+    from engram_lm.model.presets import configure, for_vocabulary, preset
     from engram_lm.train import corpus
     from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.config import TrainConfig
     from engram_lm.train.loop import Run, read_metrics, train
+    from engram_lm.train.shards import Shards
+    from engram_lm.train.stream import Stream
 
     changes = settings(arguments.set, ("train", "model"))
     torch = prepare(arguments.threads)
@@ -41,20 +44,42 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("device='cuda': this machine has none; accepted here is cpu")
     if arguments.device not in ("cpu", "cuda"):
         raise ConfigError(f"device={arguments.device!r}: accepted are cpu and cuda")
+    model_config = preset(arguments.preset)
+    training: Stream
+    validation: Stream
+    if arguments.data is None:
+        tokenizer = corpus.tokenizer()
+        training = corpus.stream("train", config.tokens + 1)
+        validation = corpus.stream("validation")
+    else:
+        shards = Shards(arguments.data)
+        encoder, tokenizer = shards.encoder, shards.encoder.fast()
+        training, validation = shards.split("train"), shards.split("validation")
+        model_config = for_vocabulary(
+            model_config,
+            token_ids=encoder.token_ids,
+            separator_id=encoder.separator_id,
+            padding_id=encoder.padding_id,
+        )
+    model_config = configure(model_config, changes["model"])
+    token_ids = vocabulary_size(backend_of(tokenizer))
+    if model_config.vocab_size < token_ids:
+        raise MismatchError(
+            f"vocab_size={model_config.vocab_size}: the tokenizer has {token_ids} token ids"
+        )
     torch.manual_seed(config.seed)
-    model = EngramLMForCausalLM(configure(preset(arguments.preset), changes["model"]))
-    tokenizer = corpus.tokenizer()
-    if model.config.memory is not None:
-        model.set_canonical_map(CanonicalMap.from_tokenizer(tokenizer))
+    model = EngramLMForCausalLM(model_config)
+    if model_config.memory_config is not None:
+        specification = model_config.memory_config.specification
+        model.set_canonical_map(specification.canonical_map(tokenizer))
     model.to(arguments.device)
     run = Run(
         model,
         tokenizer,
         config,
         arguments.out,
-        training_ids=corpus.tokens("train", config.tokens + 1, seed=0).ids,
-        validation_ids=corpus.tokens("validation", seed=0).ids,
-        token_bytes=corpus.token_bytes(),
+        training=training,
+        validation=validation,
     )
     if not arguments.json:
         print(

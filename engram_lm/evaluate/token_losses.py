@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from engram_lm.errors import DataError
 from engram_lm.evaluate.inference import inference
 from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.model.positions import packed_positions
 
 
 def token_losses(
@@ -22,6 +23,7 @@ def token_losses(
     *,
     context: int,
     batch: int,
+    starts_T: npt.NDArray[np.bool_] | None = None,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
@@ -31,8 +33,10 @@ def token_losses(
     exactly once. Windows share nothing: a token near the start of one has a short context, and the
     first n-grams there begin with padding. A longer context gives a lower mean, so compare only
     losses of one `context`. Logits are made for `batch` windows at once: 4 * batch * context * V
-    bytes. `autocast`: None for the weights' own precision. `progress`: called with tokens so far.
-    To judge the backbone alone, call inside `model.model.without_memory()`.
+    bytes. `starts_T`: True where a document starts, whose tokens then see nothing of the one
+    before: not in attention, nor in memory whose boundary_rule is "document". `autocast`: None for
+    the weights' own precision. `progress`: called with tokens so far. To judge the backbone alone,
+    call inside `model.model.without_memory()`.
     """
     if len(ids_T) < 2 or context < 1 or batch < 1:
         raise DataError(
@@ -43,8 +47,14 @@ def token_losses(
         for first, last, positions in _batches(len(losses_T), context, batch):
             window = torch.from_numpy(ids_T[first : last + 1].astype(np.int64)).to(model.device)
             inputs_BC = window[:-1].view(-1, positions)
+            positions_BC = None
+            if starts_T is not None:
+                starts_BC = starts_T[first:last].reshape(-1, positions)
+                positions_BC = torch.from_numpy(packed_positions(starts_BC)).to(model.device)
             with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
-                logits_BCV = model(input_ids=inputs_BC, use_cache=False).logits
+                logits_BCV = model(
+                    input_ids=inputs_BC, position_ids=positions_BC, use_cache=False
+                ).logits
             losses = F.cross_entropy(logits_BCV.flatten(0, 1).float(), window[1:], reduction="none")
             losses_T[first:last] = losses.cpu().numpy()
             if progress is not None:

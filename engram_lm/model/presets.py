@@ -135,3 +135,23 @@ def changed(record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         record["memory"]["specification"] = specification.to_dict()
         record["memory"]["specification_sha256"] = specification.digest
     return record
+
+
+def for_vocabulary(
+    config: EngramLMConfig, *, token_ids: int, separator_id: int, padding_id: int | None
+) -> EngramLMConfig:
+    """The same sizes with another vocabulary, for documents packed behind their separators.
+
+    Before the start of a document stands the padding, or the separator where there is none;
+    n-grams and the short convolution stop at document starts.
+    """
+    changes: dict[str, Any] = {
+        "vocab_size": token_ids,
+        "bos_token_id": separator_id,
+        "eos_token_id": separator_id,
+        "pad_token_id": padding_id,
+    }
+    if config.memory is not None:
+        changes["memory.specification.pad_id"] = separator_id if padding_id is None else padding_id
+        changes["memory.specification.boundary_rule"] = "document"
+    return configure(config, changes)

@@ -24,6 +24,7 @@ from engram_lm.model.presets import preset
 from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run, machine, read_metrics, train
+from engram_lm.train.stream import Continuous
 
 ARMS = {"MoE": "nano-moe", "Engram": "nano-engram"}
 
@@ -45,9 +46,8 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
             tokenizer,
             config,
             out / preset_name,
-            training_ids=training.ids,
-            validation_ids=validation.ids,
-            token_bytes=token_bytes,
+            training=Continuous(training.ids, token_bytes),
+            validation=Continuous(validation.ids, token_bytes),
         )
         for name, preset_name in ARMS.items()
     }

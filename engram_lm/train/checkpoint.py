@@ -36,18 +36,18 @@ def load(directory: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         recorded = state["identity"]
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"{path}: not a whole checkpoint ({error})") from error
-    difference = _difference("", recorded, identity)
-    if difference is not None:
-        raise MismatchError(f"{path}: {difference}; use another --out, or delete the directory")
+    found = difference("", recorded, identity)
+    if found is not None:
+        raise MismatchError(f"{path}: {found}; use another --out, or delete the directory")
     return state
 
 
-def _difference(name: str, recorded: Any, wanted: Any) -> str | None:
+def difference(name: str, recorded: Any, wanted: Any) -> str | None:
     """The first leaf in which two nested records differ, in words."""
     if isinstance(recorded, dict) and isinstance(wanted, dict):
         for key in sorted(recorded.keys() | wanted.keys()):
             inside = f"{name}.{key}" if name else key
-            found = _difference(inside, recorded.get(key), wanted.get(key))
+            found = difference(inside, recorded.get(key), wanted.get(key))
             if found is not None:
                 return found
         return None

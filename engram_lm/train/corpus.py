@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import DataError
+from engram_lm.train.stream import Continuous
 
 SPLITS = ("train", "validation")
 SEPARATOR = "<|endoftext|>"
@@ -100,3 +101,8 @@ def tokens(
             break
     stream = np.array(ids[:limit], dtype=np.uint16)
     return Tokens(ids=stream, bytes=int(token_bytes()[stream].sum()))
+
+
+def stream(split: str, limit: int | None = None, *, seed: int = 0) -> Continuous:
+    """The same token ids as training reads them."""
+    return Continuous(tokens(split, limit, seed=seed).ids, token_bytes())

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -33,15 +32,14 @@ from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.optimizers import Optimizers
-
-Ids = npt.NDArray[np.uint16]
+from engram_lm.train.stream import Stream
 
 
 class Run:
     """One model being trained. Goes on from the checkpoint in `out`, bit for bit, where there is
     one.
 
-    training_ids, validation_ids: token streams; token_bytes: (V,) bytes of text of each token id.
+    training, validation: token streams, of whose documents the model is told where they start.
     """
 
     def __init__(
@@ -51,17 +49,16 @@ class Run:
         config: TrainConfig,
         out: Path,
         *,
-        training_ids: Ids,
-        validation_ids: Ids,
-        token_bytes: npt.NDArray[np.int64],
+        training: Stream,
+        validation: Stream,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an extra: only training needs it
 
         self.model, self.tokenizer, self.config, self.out = model, tokenizer, config, out
-        self.validation_ids, self.token_bytes = validation_ids, token_bytes
+        self.validation = validation
         model.set_attn_implementation(config.attention)
         self.batches = Batches(
-            training_ids, batch=config.batch, context=config.context, seed=config.seed
+            training, batch=config.batch, context=config.context, seed=config.seed
         )
         self.optimizers = Optimizers(
             model,
@@ -74,7 +71,7 @@ class Run:
         self.seconds = 0.0
         """Spent in steps, validation and saving left out."""
         out.mkdir(parents=True, exist_ok=True)
-        self._resume(training_ids)
+        self._resume(training)
         self._write_config()
         self._log = (out / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step_number)
@@ -88,11 +85,11 @@ class Run:
         config, model = self.config, self.model
         started = time.perf_counter()
         model.train()
-        inputs_BT, targets_BT = (
-            ids.to(model.device, non_blocking=True) for ids in self.batches[self.step_number]
-        )
+        inputs_BT, targets_BT, positions_BT = self.batches[self.step_number].to(model.device)
         with self._precision():
-            hidden_BTD = model.model(input_ids=inputs_BT, use_cache=False).last_hidden_state
+            hidden_BTD = model.model(
+                input_ids=inputs_BT, position_ids=positions_BT, use_cache=False
+            ).last_hidden_state
         # In pieces and in float32: less time and memory than the logits of all tokens at once.
         loss = F.linear_cross_entropy(
             hidden_BTD.flatten(0, 1).float(),
@@ -125,7 +122,7 @@ class Run:
         if self.step_number % config.evaluate_every == 0 and not self.done:
             record |= self.validate(config.validation_tokens)
         if self.done:
-            record |= self.validate(len(self.validation_ids))
+            record |= self.validate(len(self.validation))
         self._write(record)
         if self.done or self.step_number % config.checkpoint_every == 0:
             self.save_checkpoint()
@@ -134,17 +131,18 @@ class Run:
         return record
 
     def validate(self, tokens: int) -> dict[str, float]:
-        """Loss on the first `tokens` validation tokens, in nats per token and bits per byte."""
-        ids = self.validation_ids[:tokens]
+        """Loss on about `tokens` validation tokens, the first, in nats a token and bits a byte."""
+        tokens, size = self.validation.judged(tokens)
         losses = token_losses(
             self.model,
-            ids,
+            self.validation.read(0, tokens),
+            starts_T=self.validation.starts(0, tokens),
             context=self.config.context,
             batch=self.config.batch,
             autocast=torch.bfloat16 if self.config.precision == "bf16" else None,
         )
         total = float(losses.sum(dtype=np.float64))
-        bits = total / math.log(2) / float(self.token_bytes[ids[1:]].sum())
+        bits = total / math.log(2) / size
         return {"validation_loss": total / len(losses), "validation_bpb": bits}
 
     def save_checkpoint(self) -> None:
@@ -179,11 +177,11 @@ class Run:
             return nullcontext()
         return torch.autocast(self.model.device.type, torch.bfloat16)
 
-    def _resume(self, training_ids: Ids) -> None:
+    def _resume(self, training: Stream) -> None:
         self._identity = {
             "train": json.loads(json.dumps(asdict(self.config))),
             "model": json.loads(self.model.config.to_json_string(use_diff=False)),
-            "data_sha256": checkpoint.sha256(training_ids),
+            "data_sha256": training.sha256,
         }
         memory = self.model.config.memory_config
         if memory is not None:
