@@ -63,8 +63,8 @@ def extract(packages: Iterable[str], work: Path, console: Console) -> dict[str, 
     for name in track(list(packages), "extracting", console=console):
         found[name] = work / "extracted" / name
         (archive,) = archives.glob(f"{name}_*.deb")
-        if not found[name].is_dir():
-            subprocess.run(["dpkg-deb", "-x", archive, found[name]], check=True)
+        found[name].mkdir(parents=True, exist_ok=True)
+        subprocess.run(["dpkg-deb", "-x", archive, found[name]], check=True)
     return found
 
 
