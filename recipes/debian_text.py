@@ -6,8 +6,9 @@
 Downloads the packages below (130 MB), extracts them, and writes one JSONL file for each, with the
 fields `text` and `source`; then token shards with the tokenizer that ships with the package, as
 `engram data` makes them. A paragraph of 100 characters or more is kept where it is first seen:
-manuals repeat their boilerplate, and Sphinx ships its sources twice. Each package's licence notice
-goes into licences/. Nothing of this is in the repository; results/debian_text.json has the counts.
+manuals repeat their boilerplate, and the kernel's documents come twice. Each package's licence
+notice goes into licences/. Nothing of this is in the repository but the counts, in
+results/debian_text.json.
 """
 
 import argparse
@@ -62,8 +63,8 @@ def extract(packages: Iterable[str], work: Path, console: Console) -> dict[str, 
     for name in track(list(packages), "extracting", console=console):
         found[name] = work / "extracted" / name
         (archive,) = archives.glob(f"{name}_*.deb")
-        if not found[name].is_dir():
-            subprocess.run(["dpkg-deb", "-x", archive, found[name]], check=True)
+        found[name].mkdir(parents=True, exist_ok=True)
+        subprocess.run(["dpkg-deb", "-x", archive, found[name]], check=True)
     return found
 
 
@@ -88,7 +89,7 @@ class Corpus:
         counts = self.counts[source] = dict.fromkeys(names, 0)
         with (self.out / f"{source}.jsonl").open("w", encoding="utf-8") as file:
             for paragraphs in documents:
-                if not self._new("\n\n".join(["", *paragraphs])):
+                if paragraphs and not self._new("\n\n".join(["", *paragraphs])):
                     counts["duplicate_documents"] += 1
                     continue
                 kept = [line for line in paragraphs if len(line) < REPEATABLE or self._new(line)]
