@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import test_ngrams
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_ngrams import cases, demo_addresses, tensor
+from test_ngrams import cases, tensor
 
 from engram_lm.config import deepseek_v41, paper
 from engram_lm.errors import AddressError
@@ -23,25 +24,17 @@ def compiled(addresses: Addresses) -> CompiledAddresses:
     return CompiledAddresses(addresses.specification, addresses.canonical)
 
 
-def test_demo_rows_equal_the_recorded_ones(golden, deepseek):
-    for record in golden("demo_hash.json"):
-        addresses = compiled(demo_addresses(record, deepseek))
-        for case in record["cases"]:
-            rows = addresses.rows(torch.tensor([case["token_ids"]], dtype=torch.int64))
-            for layer, rows_TH in zip(addresses.layers, rows[:, 0], strict=True):
-                offsets = torch.tensor(addresses.specification.offsets(layer))
-                assert (rows_TH - offsets).tolist() == case["heads"][str(layer)]
-
-
-def test_deepseek_v41_rows_equal_the_recorded_ones(golden, deepseek):
-    addresses = CompiledAddresses(deepseek_v41().specification, deepseek)
-    for case in golden("deepseek_v41_rows.json")["cases"]:
-        ids = torch.tensor([case["token_ids"]], dtype=torch.int64)
-        masked = torch.zeros_like(ids, dtype=torch.bool)
-        masked[0, case.get("masked_positions", [])] = True
-        rows = addresses.rows(ids, masked=masked)
-        for layer, rows_TH in zip(addresses.layers, rows[:, 0], strict=True):
-            assert rows_TH.tolist() == case["rows"][str(layer)]
+@pytest.mark.parametrize(
+    "claim",
+    [
+        test_ngrams.test_demo_rows_equal_the_recorded_ones,
+        test_ngrams.test_deepseek_v41_rows_equal_the_recorded_ones,
+    ],
+    ids=["demo", "deepseek_v41"],
+)
+def test_recorded_rows_are_read_by_the_compiled_path_too(claim, golden, deepseek, monkeypatch):
+    monkeypatch.setattr(test_ngrams, "Addresses", CompiledAddresses)
+    claim(golden, deepseek)
 
 
 @settings(max_examples=500, deadline=None)
