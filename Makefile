@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,fast,dev]'
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)

@@ -13,6 +13,7 @@ _HOMES = {
     "AddressError": "engram_lm.errors",
     "Addresses": "engram_lm.memory.ngrams",
     "CanonicalMap": "engram_lm.memory.canonical",
+    "CompiledAddresses": "engram_lm.memory.ngrams_numba",
     "ConfigError": "engram_lm.errors",
     "DataError": "engram_lm.errors",
     "EngramError": "engram_lm.errors",

@@ -66,6 +66,15 @@ def test_numbers_in_the_readme_are_those_of_the_results():
     assert f"{speed['ratio_of_medians']:.2f}x" in README
 
 
+def test_numbers_of_addressing_are_those_of_its_result():
+    result = json.loads((ROOT / "results" / "addressing.json").read_text())["summary"]
+    ratios = [value for name, value in result.items() if name.endswith("_compiled_over_demo")]
+    shares = [value for name, value in result.items() if name.endswith("_share_of_fill")]
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert f"{min(ratios):.1f}x to {max(ratios):.1f}x the tokens/s" in README
+    assert f"at {min(shares):.0%} to {max(shares):.0%} of the speed" in page
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_every_result_says_how_it_was_made(path):
     record = json.loads(path.read_text())
