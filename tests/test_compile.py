@@ -89,6 +89,7 @@ def test_a_traced_decode_step_of_a_padded_batch_equals_the_sequences_alone(ids):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports inductor
 @pytest.mark.parametrize("streams", [1, 4])
 def test_a_decode_step_compiled_to_machine_code_equals_the_plain_forward_pass(ids, streams):
     model = trained_model(streams, True, 3)
