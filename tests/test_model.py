@@ -83,25 +83,6 @@ def test_a_canonical_map_of_another_model_is_refused(tmp_path):
         EngramLMForCausalLM.from_pretrained(tmp_path)
 
 
-def test_gradient_checkpointing_changes_no_gradient(model):
-    tokens = ids()
-    model.train()
-    model(tokens, labels=tokens).loss.backward()
-    plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    rows = [table.row_gradient for table in model.model.tables.values()]
-    model.zero_grad()
-    for table in model.model.tables.values():
-        table.row_gradient = None
-    model.activation_checkpointing_enable()
-    model(tokens, labels=tokens, use_cache=False).loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert torch.equal(parameter.grad, plain[name]), name
-    for table, (rows_U, values_UE) in zip(model.model.tables.values(), rows, strict=True):
-        assert torch.equal(table.row_gradient.rows_U, rows_U)
-        assert torch.equal(table.row_gradient.values_UE, values_UE)
-
-
 def test_eager_and_sdpa_attention_agree(model):
     tokens, logits = ids(), {}
     for implementation in ("eager", "sdpa"):

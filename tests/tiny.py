@@ -1,13 +1,23 @@
 """Small models with weights far from their initial ones, for tests of the model."""
 
+from functools import cache
+from itertools import product
+
 import torch
 
 from engram_lm.config import FusionConfig, MemoryConfig
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 from engram_lm.model import EngramLMConfig, EngramLMForCausalLM
+from engram_lm.train.optimizers import Optimizers
 
 VOCABULARY = 97
+
+DECODERS = {
+    f"streams{streams}-{'conv' if conv else 'noconv'}-N{longest}": (streams, conv, longest - 1)
+    for streams, conv, longest in product([1, 4], [True, False], [3, 4])
+}
+"""Arguments of trained_model for the eight models that every way of decoding is tested on."""
 
 
 def canonical_map(seed: int = 0) -> CanonicalMap:
@@ -59,4 +69,34 @@ def tiny_model(*args, **kwargs) -> EngramLMForCausalLM:
             torch.nn.init.normal_(parameter, std=0.15)
         else:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+def phrases(sequences: int, tokens: int, seed: int) -> torch.Tensor:
+    """Ids of a text made of 20 set phrases: what comes next is decided by the last few ids."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(4, 8, (20,), generator=generator).tolist()
+    known = [torch.randint(2, 22, (length,), generator=generator) for length in lengths]
+    generator.manual_seed(seed)
+    order = torch.randint(20, (sequences * tokens,), generator=generator).tolist()
+    text = torch.cat([known[i] for i in order])
+    return text[: sequences * tokens].view(sequences, tokens)
+
+
+@cache
+@torch.enable_grad()
+def trained_model(*args, steps: int = 20, **kwargs) -> EngramLMForCausalLM:
+    """tiny_model after some steps on `phrases`: confident, and every part of it in use.
+
+    One object for all who ask: leave it as it was.
+    """
+    # Twenty rounds of normalising the streams' mix would be most of the work of a model this small.
+    model = tiny_model(*args, **{"hc_sinkhorn_iters": 4, **kwargs}).train()
+    optimizers = Optimizers(model, lr=0.01, table_lr_multiplier=5, weight_decay=0.0)
+    for step in range(steps):
+        ids = phrases(8, 40, seed=step)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizers.clip(1.0)
+        optimizers.step()
+        optimizers.zero_grad()
     return model.eval()

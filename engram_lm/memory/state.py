@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engram_lm.errors import MismatchError
 from engram_lm.memory.window import EMPTY, Window
 
 
@@ -22,17 +23,23 @@ class DecodingState:
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.recording = False
+        self.lost = False
+        """A crop was refused after the attention layers before us had done it."""
         self.past: Window | None = None
         self.tails: dict[int, Tensor] = {}
         """Layer -> convolution inputs (B, W, S, D) of the positions in `past`, float32."""
 
     def open(self, call: Window) -> Window:
         """The window of a call (made with lookback 0), with what came before in front of it."""
+        if self.lost:
+            raise RuntimeError(
+                "the cache was cropped without a record: reset it or start a new one"
+            )
         past = self.past
         if past is None:
             past = _empty(call.ids_BW, self.keep, documents=call.starts_BW is not None)
         elif past.ids_BW.shape[0] != call.ids_BW.shape[0]:
-            raise ValueError(
+            raise MismatchError(
                 f"{call.ids_BW.shape[0]} sequences after {past.ids_BW.shape[0]}: "
                 "the cache holds others"
             )
@@ -45,9 +52,11 @@ class DecodingState:
 
     def commit(self, window: Window, tails: dict[int, Tensor]) -> None:
         """Remembers what a finished call has seen."""
-        self.past, self.tails = window, {layer: tail.detach() for layer, tail in tails.items()}
-        if not self.recording:
-            self._trim()
+        tails = {layer: tail.detach() for layer, tail in tails.items()}
+        if self.recording:
+            self.past, self.tails = window, tails
+        else:
+            self._keep(window, tails)
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` positions, and what was recorded before the last `keep` of the
@@ -59,16 +68,17 @@ class DecodingState:
             return
         width = self.past.ids_BW.shape[1]
         if tokens > width - self.keep:
+            self.lost = True
             raise RuntimeError(
                 f"crop of {tokens} tokens: {width - self.keep} are recorded; call "
                 "activate_past_recording() on the cache before the tokens that may be taken back"
             )
         self._map(lambda values: values[:, : width - tokens])
-        self._trim()
+        self._keep(self.past, self.tails)
 
     def select(self, sequences: Tensor) -> None:
         """Keeps these sequences, in this order, repeats allowed."""
-        self._map(lambda values: values.index_select(0, sequences.to(values.device)))
+        self._map(lambda values: values[sequences.to(values.device)])
 
     def repeat(self, times: int) -> None:
         """Each sequence `times` times, side by side."""
@@ -76,23 +86,22 @@ class DecodingState:
 
     def reset(self) -> None:
         """As if nothing had been seen."""
-        self.past, self.tails = None, {}
+        self.past, self.tails, self.lost = None, {}, False
 
-    def _trim(self) -> None:
+    def _keep(self, window: Window, tails: dict[int, Tensor]) -> None:
+        """Remembers the last `keep` positions, where the ones before them stood if they fit."""
         past = self.past
-        assert past is not None
         self.tails = {
-            layer: past.pack(tail)[:, -self.keep :].contiguous()
-            for layer, tail in self.tails.items()
+            layer: _put(self.tails.get(layer), window.pack(tail)[:, -self.keep :])
+            for layer, tail in tails.items()
         }
         # Padding that is still there stands before the text, where EMPTY says the same.
-        starts_BW = past.packed_starts_BW
-        self.past = Window(
-            past.packed_ids_BW[:, -self.keep :].contiguous(),
-            self.keep,
-            None,
-            None if starts_BW is None else starts_BW[:, -self.keep :].contiguous(),
-        )
+        ids_BK, starts_BW = window.packed_ids_BW[:, -self.keep :], window.packed_starts_BW
+        starts_BK = None
+        if starts_BW is not None:
+            starts_BK = _put(None if past is None else past.starts_BW, starts_BW[:, -self.keep :])
+        ids_BK = _put(None if past is None else past.ids_BW, ids_BK)
+        self.past = Window(ids_BK, self.keep, None, starts_BK)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.past is None:
@@ -106,6 +115,20 @@ class DecodingState:
             None if past.starts_BW is None else change(past.starts_BW),
         )
         self.tails = {layer: change(tail) for layer, tail in self.tails.items()}
+
+
+def _put(old: Tensor | None, new: Tensor) -> Tensor:
+    # In place, because a CUDA graph looks for its state where it found it the first time.
+    compiling = torch.compiler.is_compiling()
+    if old is not None and old.shape == new.shape:
+        # Outside of inference mode, a tensor made in it may not be written to.
+        writable = compiling or torch.is_inference_mode_enabled() or not old.is_inference()
+        if writable:
+            return old.copy_(new)
+    new = new.clone(memory_format=torch.contiguous_format)
+    if not compiling:
+        torch._dynamo.mark_static_address(new)
+    return new
 
 
 def _empty(ids: Tensor, keep: int, *, documents: bool) -> Window:

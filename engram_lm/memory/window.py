@@ -5,8 +5,6 @@ Both n-gram addressing and the short convolution look back through a Window, so 
 tokens and document starts mean the same to both.
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -31,16 +29,25 @@ class Window:
         self.tokens = tokens
         self.padding_BW = padding_BW
         self.starts_BW = starts_BW
+        self._order: tuple[Tensor | None] | None = None
 
     @property
     def earlier(self) -> int:
         """H, the positions before this call's tokens."""
         return self.ids_BW.shape[1] - self.tokens
 
-    @cached_property
+    @property
     def order_BW(self) -> Tensor | None:
         """Permutation that moves padding to the left of all real positions; None without any."""
-        if self.padding_BW is None or not bool(self.padding_BW.any()):
+        if self._order is None:  # by hand: cached_property takes a lock, which ends a graph
+            self._order = (self._sort(),)
+        return self._order[0]
+
+    def _sort(self) -> Tensor | None:
+        if self.padding_BW is None:
+            return None
+        # A graph cannot branch on a value; sorting where there is no padding changes nothing.
+        if not torch.compiler.is_compiling() and not bool(self.padding_BW.any()):
             return None
         return torch.argsort(~self.padding_BW, dim=1, stable=True)
 
@@ -54,16 +61,16 @@ class Window:
             values_BW = _take(values_BW, torch.argsort(self.order_BW, dim=1))
         return values_BW[:, self.earlier :]
 
-    @cached_property
+    @property
     def packed_ids_BW(self) -> Tensor:
         """Token ids in packed order; EMPTY at padding."""
         return self.pack(self.ids_BW)
 
-    @cached_property
+    @property
     def packed_starts_BW(self) -> Tensor | None:
         return None if self.starts_BW is None else self.pack(self.starts_BW)
 
-    @cached_property
+    @property
     def document_BW(self) -> Tensor | None:
         """Running number of each packed position's document; None if documents do not matter."""
         if self.packed_starts_BW is None:
@@ -145,6 +152,8 @@ def _check_integers(name: str, ids: Tensor) -> None:
 
 
 def _check_range(name: str, ids: Tensor, checked: Tensor, low: int, high: int) -> None:
+    if torch.compiler.is_compiling():
+        return  # a graph cannot raise by value; the embedding's own bounds check remains
     wrong = ((ids < low) | (ids >= high)) & checked
     if bool(wrong.any()):
         sequence, position = (int(index) for index in wrong.nonzero()[0])

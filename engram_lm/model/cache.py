@@ -1,8 +1,9 @@
 """Carries our decoding state through the cache that transformers passes around."""
 
 import torch
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
 
+from engram_lm.errors import MismatchError
 from engram_lm.memory.state import DecodingState
 
 
@@ -47,17 +48,32 @@ class StateLayer(DummyLayer):
 def decoding_state(cache: Cache, layers: int, keep: int) -> DecodingState:
     """The state that this cache carries; a fresh one is put behind its attention layers if none.
 
-    ValueError if the cache has already seen tokens without us.
+    MismatchError if the cache has already seen tokens without us, or is no decoder's cache.
     """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise MismatchError(
+            f"past_key_values: a {type(cache).__name__} cannot carry a memory's state; accepted "
+            "are DynamicCache, StaticCache and QuantizedCache"
+        )
     if len(cache.layers) > layers:
         carried = cache.layers[layers]
-        assert isinstance(carried, StateLayer)
+        if not isinstance(carried, StateLayer) or carried.state.keep != keep:
+            raise MismatchError(
+                "the cache is another model's, or a copy without its memory's state (copy.deepcopy "
+                "keeps it): start a new one"
+            )
         return carried.state
     if cache.get_seq_length() > 0:
-        raise ValueError("the cache holds tokens of a model without memory: start a new one")
+        raise MismatchError("the cache holds tokens of a model without memory: start a new one")
     while len(cache.layers) < layers:  # a DynamicCache made without a config grows as it is used
         assert cache.layer_class_to_replicate is not None
         cache.layers.append(cache.layer_class_to_replicate())
     state = DecodingState(keep)
     cache.layers.append(StateLayer(state))
     return state
+
+
+def forget_state(cache: Cache, layers: int) -> None:
+    """Takes our state out of a cache that goes on without memory, so that nobody trusts it."""
+    if isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache):
+        del cache.layers[layers:]

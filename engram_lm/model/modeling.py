@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -42,8 +42,10 @@ from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.table import Table
 from engram_lm.model import directory
-from engram_lm.model.cache import decoding_state
+from engram_lm.model.cache import decoding_state, forget_state
 from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.documents import document_starts
+from engram_lm.model.generation import EngramLMGenerationMixin
 from engram_lm.model.layer import EngramLMDecoderLayer, Reading
 from engram_lm.model.seal import Seal
 
@@ -55,7 +57,7 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
     config_class = EngramLMConfig
     _no_split_modules = ["EngramLMDecoderLayer"]
     _keys_to_ignore_on_load_unexpected = None
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": EngramLMDecoderLayer,
         "attentions": DeepseekV3Attention,
@@ -191,6 +193,11 @@ class EngramLMModel(EngramLMPreTrainedModel):
             self._without_memory = False
 
     @property
+    def reads_memory(self) -> bool:
+        """False for a model without memory, and inside `without_memory`."""
+        return bool(self.tables) and not self._without_memory
+
+    @property
     def memory(self) -> Memory:
         """Addresses and tables. ConfigError where the canonical map is still missing."""
         if self.addresses is None:
@@ -222,14 +229,15 @@ class EngramLMModel(EngramLMPreTrainedModel):
         engram_input_ids: (B, T) token ids to look up where inputs_embeds are given.
         padding_mask: (B, T), 0 at padding, for attention masks that are no longer 2-D.
         masked: bool (B, T), True at image tokens: their gate is 0 and look-back ends there.
-        Documents packed into a row are told by position_ids that do not increase (or are 0).
+        Documents packed into a row are told by position_ids that do not go on (or are 0): without a
+        mask and with use_cache=False, or under a 4-D mask that keeps them apart; else AddressError.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         reading = None
-        if self.tables and not self._without_memory:
+        if self.reads_memory:
             ids = input_ids if engram_input_ids is None else engram_input_ids
             if ids is None:
                 raise ValueError(
@@ -239,7 +247,13 @@ class EngramLMModel(EngramLMPreTrainedModel):
             if padding_mask is None and flat:
                 padding_mask = attention_mask[:, -ids.shape[1] :]
             padding = None if padding_mask is None else ~padding_mask.bool()
-            reading = self._start(ids, padding, masked, position_ids, past_key_values)
+            starts = None
+            if position_ids is not None:
+                starts = document_starts(position_ids, padding, attention_mask, past_key_values)
+                starts = starts.expand_as(ids)
+            reading = self._start(ids, padding, masked, starts, past_key_values)
+        elif past_key_values is not None:
+            forget_state(past_key_values, self.config.num_hidden_layers)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -260,7 +274,8 @@ class EngramLMModel(EngramLMPreTrainedModel):
         if self.hc_head is not None:
             streams = self.config.streams
             hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, streams, -1).contiguous()
-        for layer in self.layers:
+        # Assisted decoding with an early exit lowers the number for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             vectors = None
             if reading is not None and layer.engram is not None:
                 vectors = reading.pending.wait(layer.layer_idx)
@@ -287,25 +302,18 @@ class EngramLMModel(EngramLMPreTrainedModel):
         token_ids: Tensor,
         padding: Tensor | None,
         masked: Tensor | None,
-        position_ids: Tensor | None,
+        starts: Tensor | None,
         cache: Cache | None,
     ) -> Reading:
         """Starts early: the rows of all layers are on their way before the first block runs."""
-        starts = None if position_ids is None else _starts(position_ids, token_ids)
         memory, state = self.memory, None
         if cache is not None:
-            state = decoding_state(cache, len(self.layers), self.keep)
+            state = decoding_state(cache, self.config.num_hidden_layers, self.keep)
         lookback = self.keep if state is None else 0
         window = memory.addresses.open(token_ids, None, padding, masked, starts, lookback=lookback)
         if state is not None:
             window = state.open(window)
         return Reading(memory.start_window(window), _kept(padding, masked), state)
-
-
-def _starts(position_ids: Tensor, token_ids: Tensor) -> Tensor:
-    starts = position_ids == 0
-    starts[:, 1:] |= position_ids[:, 1:] <= position_ids[:, :-1]
-    return starts.expand_as(token_ids)
 
 
 def _kept(padding: Tensor | None, masked: Tensor | None) -> Tensor | None:
@@ -314,7 +322,7 @@ def _kept(padding: Tensor | None, masked: Tensor | None) -> Tensor | None:
     return ~padding if masked is None else ~(padding | masked)
 
 
-class EngramLMForCausalLM(EngramLMPreTrainedModel, GenerationMixin):
+class EngramLMForCausalLM(EngramLMPreTrainedModel, EngramLMGenerationMixin):
     """The decoder with its LM head: loss, generate, save, load as in any transformers model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -330,12 +338,30 @@ class EngramLMForCausalLM(EngramLMPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        engram_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """As EngramLMModel.forward; labels: (B, T) token ids, -100 where no loss is wanted."""
-        outputs = self.model(input_ids=input_ids, **kwargs)
+        """As EngramLMModel.forward; labels: (B, T) token ids, -100 where no loss is wanted.
+
+        `generate` looks at these names to learn which inputs it may make and pass on.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            engram_input_ids=engram_input_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
         loss = None
@@ -351,26 +377,3 @@ class EngramLMForCausalLM(EngramLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
-    ) -> Any:
-        """Puts our state into the cache before anybody asks the cache to record its past."""
-        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
-        if self.config.memory is not None and cache is not None:
-            state = decoding_state(cache, len(self.model.layers), self.model.keep)
-            state.recording |= bool(generation_config.is_assistant)
-        return prepared
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Keeps the 2-D mask beside the 4-D one that a static cache is given."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, **kwargs
-        )
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else input_ids
-            inputs["padding_mask"] = attention_mask[:, -tokens.shape[1] :]
-        return inputs
