@@ -106,8 +106,7 @@ def open_window(
     for mask in (padding_BT, masked_BT):
         if mask is not None:
             ids_BT = ids_BT.masked_fill(mask, EMPTY)
-    allowed_BT = ids_BT == token_ids_BT
-    _check_range("token id", token_ids_BT, allowed_BT, 0, vocabulary)
+    _check_range("token id", token_ids_BT, ids_BT, 0, vocabulary)
     if history_BH is None:
         history_BH = ids_BT.new_full((B, lookback), EMPTY)
     else:
@@ -117,9 +116,7 @@ def open_window(
                 f"history: {history_BH.shape[0]} sequences, but token_ids has {B}; one row each"
             )
         history_BH = history_BH.to(device=ids_BT.device, dtype=torch.int64)
-        _check_range(
-            "history id", history_BH, torch.ones_like(history_BH).bool(), EMPTY, vocabulary
-        )
+        _check_range("history id", history_BH, history_BH, EMPTY, vocabulary)
         missing = lookback - history_BH.shape[1]
         if missing > 0:
             history_BH = torch.cat([ids_BT.new_full((B, missing), EMPTY), history_BH], dim=1)
@@ -151,13 +148,17 @@ def _check_integers(name: str, ids: Tensor) -> None:
         )
 
 
-def _check_range(name: str, ids: Tensor, checked: Tensor, low: int, high: int) -> None:
-    if torch.compiler.is_compiling():
+def _check_range(name: str, given: Tensor, kept: Tensor, low: int, high: int) -> None:
+    """AddressError for the first id outside of low to high - 1 that no mask has replaced in `kept`."""
+    if torch.compiler.is_compiling() or not given.numel():
         return  # a graph cannot raise by value; the embedding's own bounds check remains
-    wrong = ((ids < low) | (ids >= high)) & checked
+    least, most = given.aminmax()
+    if not bool((least < low) | (most >= high)):
+        return
+    wrong = ((given < low) | (given >= high)) & (given == kept)
     if bool(wrong.any()):
         sequence, position = (int(index) for index in wrong.nonzero()[0])
         raise AddressError(
-            f"{name} {int(ids[sequence, position])} at position {position} of sequence {sequence}: "
-            f"ids run from 0 to {high - 1}"
+            f"{name} {int(given[sequence, position])} at position {position} of sequence "
+            f"{sequence}: ids run from 0 to {high - 1}"
         )
