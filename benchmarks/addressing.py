@@ -6,9 +6,10 @@
 random, to the rows of 2 layers x 16 heads of 2.26M rows. The arms take turns within one process, so
 that the machine's drift falls on all, and their rows are compared with equality first. NumPy
 computes in one thread, the others in `--threads`. All is measured twice: with the allocator as it
-is (`fresh`: each call's rows lie in new pages), and told to keep freed memory, as `engram train`
-tells it (`kept`). Ceiling: the bytes of the rows, written at the speed at which torch fills a
-buffer that is there already. Writes results/addressing.json; the last line printed is its summary.
+is (`fresh`: what the arms allocate lies in new pages, but for the compiled arm's rows, which use
+the memory of earlier ones), and told to keep freed memory, as `engram train` tells it (`kept`).
+Ceiling: the bytes of the rows, written at the speed at which torch fills a buffer that is there
+already. Writes results/addressing.json; the last line printed is its summary.
 """
 
 import argparse

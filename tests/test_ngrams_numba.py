@@ -159,3 +159,27 @@ def test_numba_is_imported_only_when_asked_for_and_named_when_it_is_missing():
         "else: raise SystemExit('nothing was refused')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rows_that_are_held_are_never_written_over():
+    addresses = CompiledAddresses(paper().specification, CanonicalMap.identity(129_280))
+    held = []
+    for seed in range(5):
+        ids = torch.randint(129_280, (4, 2048), generator=torch.Generator().manual_seed(seed))
+        rows = addresses.rows(ids)
+        # Three ways of holding on: the tensor, a view of it, a NumPy array over it.
+        held.append((ids, (rows, rows[1, 2], rows.numpy()[0, 1])[seed % 3]))
+        del rows
+        addresses.rows(ids.flip(0))  # nobody holds these
+    for seed, (ids, kept) in enumerate(held):
+        wanted = Addresses(paper().specification, CanonicalMap.identity(129_280)).rows(ids)
+        wanted = (wanted, wanted[1, 2], wanted[0, 1])[seed % 3]
+        assert torch.equal(torch.as_tensor(kept), wanted)
+
+
+def test_memory_of_rows_that_nobody_holds_is_used_again():
+    addresses = CompiledAddresses(paper().specification, CanonicalMap.identity(129_280))
+    ids = torch.zeros(4, 2048, dtype=torch.int64)
+    places = {addresses.rows(ids).data_ptr() for _ in range(6)}
+    assert len(places) == 1
+    assert addresses.rows(ids[:, :1500]).data_ptr() in places

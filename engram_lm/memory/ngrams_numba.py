@@ -10,6 +10,8 @@ which numba keeps on disk, serves every specification.
 Importing this module needs numba (the extra `fast`) and compiles, some seconds the first time.
 """
 
+import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,9 @@ constants of a layer or two still fit the processor's first cache."""
 POSITIONS_PER_THREAD = 4_096
 """Fewer take less time than it takes to wake another thread."""
 
+SPARE_VALUES = 2**17
+"""Of 8 bytes: less than a megabyte comes from memory that the allocator has at hand anyway."""
+
 _HALF, _LOW = np.uint64(32), np.uint64(2**32 - 1)
 
 
@@ -62,6 +67,7 @@ class CompiledAddresses(Addresses):
         self._primes_LJ = np.tile(_unsigned(primes_LH), BLOCK)
         self._reciprocals_LJ = np.tile(np.array(reciprocals_LH, dtype=np.uint64), BLOCK)
         self._offsets_LJ = np.tile(_unsigned(constants.offsets_LH), BLOCK)
+        self._spare: list[Int64s] = []
 
     def window_rows(self, window: Window) -> Tensor:
         """Row numbers of the T tokens of a window, (L, B, T, H) int64."""
@@ -76,8 +82,8 @@ class CompiledAddresses(Addresses):
         else:
             places_BT = torch.argsort(window.order_BW, dim=1)[:, window.earlier :]
         L, H = len(self.layers), self.specification.heads_per_layer
-        # From numpy, which asks for huge pages: thousands of page faults fewer than torch.empty.
-        rows_LM = np.empty((L, B * T * H), dtype=np.int64)
+        rows_LBTH = self._empty((L, B, T, H))
+        rows_LM = rows_LBTH.reshape(L, B * T * H)
         inputs = (
             ids_BW.numpy(),
             starts_BW.numpy(),
@@ -94,7 +100,28 @@ class CompiledAddresses(Addresses):
             _write_in_shares(inputs, shares, rows_LM)
         else:
             _write_rows(inputs, 0, B * T, rows_LM)
-        return torch.from_numpy(rows_LM.reshape(L, B, T, H))
+        return torch.from_numpy(rows_LBTH)
+
+    def _empty(self, shape: tuple[int, ...]) -> Int64s:
+        """An array for rows, in memory that rows had before if nobody holds them any more.
+
+        Rows are large and short-lived, and the pages of new memory cost nearly as much time as what
+        is written into them.
+        """
+        size = math.prod(shape)
+        if size < SPARE_VALUES:
+            return np.empty(shape, dtype=np.int64)
+        memory = self._spare.pop() if self._spare else np.empty(0, dtype=np.int64)
+        if memory.size < size:
+            memory = np.empty(size, dtype=np.int64)
+        rows = memory[:size].reshape(shape)
+        # The tensor made of it, and every view of that, keeps this very object alive.
+        weakref.finalize(rows, self._keep, memory).atexit = False
+        return rows
+
+    def _keep(self, memory: Int64s) -> None:
+        if len(self._spare) < 2:  # one call's rows may still be held while the next one's are made
+            self._spare.append(memory)
 
 
 def _unsigned(values: Tensor) -> Uint64s:

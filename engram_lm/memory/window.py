@@ -149,7 +149,7 @@ def _check_integers(name: str, ids: Tensor) -> None:
 
 
 def _check_range(name: str, given: Tensor, kept: Tensor, low: int, high: int) -> None:
-    """AddressError for the first id outside of low to high - 1 that no mask has replaced in `kept`."""
+    """AddressError for the first id outside of low to high - 1 that `kept`, too, still has."""
     if torch.compiler.is_compiling() or not given.numel():
         return  # a graph cannot raise by value; the embedding's own bounds check remains
     least, most = given.aminmax()
