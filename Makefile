@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 
 test: lint
 	@echo "running the tests"
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto
 
 lint: $(INSTALLED)
 	@echo "checking style and types"
