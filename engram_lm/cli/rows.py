@@ -120,8 +120,8 @@ def _specification(name: str) -> Any:
         "deepseek-v4.1": config.deepseek_v41,
         "qwen4-exp": config.qwen4_exp,
     }
-    if name in presets:
-        return presets[name]().specification
+    if name.replace("_", "-") in presets:
+        return presets[name.replace("_", "-")]().specification
     if Path(name).is_dir():
         return Released(name).memory.specification
     if not Path(name).is_file():
