@@ -227,7 +227,14 @@ def test_the_command_is_installed_and_answers():
         assert "generate" in done.stdout
 
 
-def test_demo_trains_both_arms_and_writes_the_report(capsys, tmp_path):
+def test_demo_trains_both_arms_and_writes_the_report(capsys, tmp_path, monkeypatch):
+    whole = corpus.tokens
+
+    def some(split: str, limit: int | None = None, **options):
+        # Judging both arms by all of the validation text takes minutes and shows nothing more.
+        return whole(split, 10_000 if split == "validation" else limit, **options)
+
+    monkeypatch.setattr(corpus, "tokens", some)
     small = ["--tokens=4096", "--set=train.batch=8", "--set=train.validation_tokens=500"]
     found = run(capsys, "demo", f"--out={tmp_path}", *small)
     assert {"moe_bpb", "engram_bpb", "engram_memory_off_bpb"} <= set(found)
