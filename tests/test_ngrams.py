@@ -137,18 +137,23 @@ def tensor(matrix, width, dtype) -> torch.Tensor:
     return torch.tensor(matrix, dtype=dtype).reshape(len(matrix), width)
 
 
-@settings(max_examples=150, deadline=None)
-@given(cases())
-def test_rows_equal_python_integers_for_every_history_and_mask(case):
+def rows_of(case) -> torch.Tensor:
     addresses, ids, history, padding, masked, starts = case
     T = len(ids[0])
-    rows = addresses.rows(
+    return addresses.rows(
         tensor(ids, T, torch.int64),
         tensor(history, len(history[0]), torch.int64),
         padding=tensor(padding, T, torch.bool),
         masked=tensor(masked, T, torch.bool),
         document_starts=tensor(starts, T, torch.bool),
     )
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_rows_equal_python_integers_for_every_history_and_mask(case):
+    addresses, ids, history, padding, masked, starts = case
+    T, rows = len(ids[0]), rows_of(case)
     assert rows.dtype == torch.int64
     for b in range(len(ids)):
         sequence = Sequence(addresses)

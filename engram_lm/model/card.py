@@ -1,5 +1,6 @@
 """README.md of a saved model: what it is, and how to open it."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,7 +21,9 @@ def write(config: EngramLMConfig, directory: Path) -> None:
     """Writes the card, unless there is one that a person has made their own."""
     path = directory / FILE_NAME
     if not path.exists() or MARK in path.read_text() or _is_empty(path.read_text()):
-        path.write_text(card(config))
+        aside = directory / "README.partial"
+        aside.write_text(card(config))
+        os.replace(aside, path)
 
 
 def _is_empty(text: str) -> bool:
