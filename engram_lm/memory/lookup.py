@@ -6,12 +6,11 @@ Shapes: B sequences, T tokens, H heads per layer, E values per row, M = B * T * 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.rows import RowStore
-from engram_lm.memory.table import Table
+from engram_lm.memory.table import Request, Table
 from engram_lm.memory.window import Window
 
 
@@ -36,42 +35,39 @@ class Memory:
     def start_window(self, window: Window) -> "Pending":
         """The same for a window that the caller has opened (a cache keeps one)."""
         rows_LBTH = self.addresses.window_rows(window)
-        for layer, rows_BTH in zip(self.addresses.layers, rows_LBTH, strict=True):
-            self.stores[layer].prefetch(rows_BTH.reshape(-1))
-        return Pending(self, window, rows_LBTH)
+        requests = {
+            layer: self._request(layer, rows_BTH.reshape(-1))
+            for layer, rows_BTH in zip(self.addresses.layers, rows_LBTH, strict=True)
+        }
+        return Pending(window, rows_LBTH, requests)
+
+    def _request(self, layer: int, rows_M: Tensor) -> Request:
+        store = self.stores[layer]
+        if isinstance(store, Table):
+            return store.start(rows_M)
+        store.prefetch(rows_M)
+        return _Gather(store, rows_M)
 
 
 class Pending:
-    """Rows on their way. `rows_LBTH` are their numbers, int64."""
+    """Rows on their way. `rows_LBTH` are their numbers, int64; `requests`: one a layer."""
 
-    def __init__(self, memory: Memory, window: Window, rows_LBTH: Tensor) -> None:
-        self.memory = memory
+    def __init__(self, window: Window, rows_LBTH: Tensor, requests: Mapping[int, Request]) -> None:
         self.window = window
         self.rows_LBTH = rows_LBTH
+        self.requests = requests
 
     def wait(self, layer: int) -> Tensor:
         """Vectors of one layer, (B, T, H * E): its rows side by side, order-major."""
-        rows_BTH = self.rows_LBTH[self.memory.addresses.layers.index(layer)]
-        store = self.memory.stores[layer]
-        rows_M = rows_BTH.reshape(-1)
-        if isinstance(store, Table):
-            values_ME = _TableLookup.apply(store.weight, store, rows_M)
-        else:
-            values_ME = store.format.decode(store.gather(rows_M))
-        return values_ME.view(*rows_BTH.shape[:2], -1)
+        values_ME = self.requests[layer].wait()
+        return values_ME.view(*self.rows_LBTH.shape[1:3], -1)
 
 
-class _TableLookup(torch.autograd.Function):
-    """Gather and decode; backward leaves the row gradient with the table and none in `.grad`."""
+class _Gather:
+    """Rows of a store that is not trained."""
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, table: Table, rows_M: Tensor) -> Tensor:
-        ctx.table = table
-        ctx.save_for_backward(rows_M)
-        return table.format.decode(table.gather(rows_M))
+    def __init__(self, store: RowStore, rows_M: Tensor) -> None:
+        self.store, self.rows_M = store, rows_M
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        (rows_M,) = ctx.saved_tensors
-        ctx.table.accumulate(rows_M, grads[0])
-        return None, None, None
+    def wait(self) -> Tensor:
+        return self.store.format.decode(self.store.gather(self.rows_M))

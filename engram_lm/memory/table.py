@@ -6,7 +6,7 @@ by clip_grad_norm_ and made dense by DDP. So the gradient never goes there: the 
 leaves the touched rows here, merged, and the row optimiser takes them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,31 @@ class RowGradient(NamedTuple):
 
     rows_U: Tensor
     values_UE: Tensor
+
+
+class Request(Protocol):
+    """Rows of one table that have been asked for."""
+
+    def wait(self) -> Tensor:
+        """Their values, (M, E), in the order asked, repeats included."""
+        ...
+
+
+class Merged(NamedTuple):
+    """Rows asked for, each once. rows_U: ascending; position_M: where in it each request is."""
+
+    rows_U: Tensor
+    position_M: Tensor
+
+    @classmethod
+    def of(cls, rows_M: Tensor) -> "Merged":
+        """Duplicates are merged before anything is fetched or sent."""
+        return cls(*torch.unique(rows_M, return_inverse=True))
+
+    def sum(self, values_ME: Tensor) -> Tensor:
+        """(M, E) -> (U, E), repeats summed."""
+        values_UE = values_ME.new_zeros(len(self.rows_U), values_ME.shape[1])
+        return values_UE.index_add_(0, self.position_M, values_ME)
 
 
 class Table(nn.Module):
@@ -59,14 +84,68 @@ class Table(nn.Module):
     def close(self) -> None:
         """Nothing to give back."""
 
+    def start(self, rows_M: Tensor) -> Request:
+        """Asks for rows, (M,) int64. With a gradient to come, each is read once."""
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return TrainedRead(self, Merged.of(rows_M))
+        return _Read(self, rows_M)
+
     def accumulate(self, rows_M: Tensor, values_ME: Tensor) -> None:
         """Adds the gradient of these rows, repeats summed, to what earlier backward passes left."""
+        merged = Merged.of(rows_M)
+        self.add_gradient(RowGradient(merged.rows_U, merged.sum(values_ME)))
+
+    def add_gradient(self, gradient: RowGradient) -> None:
+        """The same for rows that are distinct and ascending."""
         if self.row_gradient is not None:
-            rows_M = torch.cat([self.row_gradient.rows_U, rows_M])
-            values_ME = torch.cat([self.row_gradient.values_UE, values_ME])
-        rows_U, position_M = torch.unique(rows_M, return_inverse=True)
-        values_UE = values_ME.new_zeros(len(rows_U), values_ME.shape[1])
-        self.row_gradient = RowGradient(rows_U, values_UE.index_add_(0, position_M, values_ME))
+            merged = Merged.of(torch.cat([self.row_gradient.rows_U, gradient.rows_U]))
+            values_ME = torch.cat([self.row_gradient.values_UE, gradient.values_UE])
+            gradient = RowGradient(merged.rows_U, merged.sum(values_ME))
+        self.row_gradient = gradient
 
     def extra_repr(self) -> str:
         return f"rows={self.weight.shape[0]}, dim={self.weight.shape[1]}"
+
+
+class _Read:
+    def __init__(self, table: Table, rows_M: Tensor) -> None:
+        self.table, self.rows_M = table, rows_M
+
+    def wait(self) -> Tensor:
+        return self.table.format.decode(self.table.gather(self.rows_M))
+
+
+class TrainedRead:
+    """A request whose gradient goes to the table, not to `.grad`.
+
+    A table whose rows live elsewhere answers `fetch` and `give` in its own way.
+    """
+
+    def __init__(self, table: Table, merged: Merged) -> None:
+        self.table, self.merged = table, merged
+
+    def wait(self) -> Tensor:
+        values: Tensor = _Differentiable.apply(self.table.weight, self)
+        return values
+
+    def fetch(self) -> Tensor:
+        """Values of the merged rows, (U, E)."""
+        return self.table.format.decode(self.table.gather(self.merged.rows_U))
+
+    def give(self, gradient_UE: Tensor) -> None:
+        """Takes the summed gradient of each merged row."""
+        self.table.add_gradient(RowGradient(self.merged.rows_U, gradient_UE))
+
+
+class _Differentiable(torch.autograd.Function):
+    """The weight is an argument only so that a gradient is asked for; it gets none in `.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, read: TrainedRead) -> Tensor:
+        ctx.read = read
+        return read.fetch().index_select(0, read.merged.position_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.read.give(ctx.read.merged.sum(grads[0]))
+        return None, None

@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +29,7 @@ from engram_lm.train import checkpoint
 from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
+from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
 from engram_lm.train.stream import Stream
 
@@ -60,6 +59,8 @@ class Run:
         self.batches = Batches(
             training, batch=config.batch, context=config.context, seed=config.seed
         )
+        self.autocast = torch.bfloat16 if config.precision == "bf16" else None
+        self.objective = Objective(model)
         self.optimizers = Optimizers(
             model,
             lr=config.lr,
@@ -85,18 +86,8 @@ class Run:
         config, model = self.config, self.model
         started = time.perf_counter()
         model.train()
-        inputs_BT, targets_BT, positions_BT = self.batches[self.step_number].to(model.device)
-        with self._precision():
-            hidden_BTD = model.model(
-                input_ids=inputs_BT, position_ids=positions_BT, use_cache=False
-            ).last_hidden_state
-        # In pieces and in float32: less time and memory than the logits of all tokens at once.
-        loss = F.linear_cross_entropy(
-            hidden_BTD.flatten(0, 1).float(),
-            model.lm_head.weight,
-            targets_BT.flatten(),
-            options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512),
-        )
+        batch = self.batches[self.step_number].to(model.device)
+        loss = self.objective(batch, self.autocast)
         loss.backward()
         factor = config.factor(self.step_number)
         self.optimizers.set_factor(factor)
@@ -139,7 +130,7 @@ class Run:
             starts_T=self.validation.starts(0, tokens),
             context=self.config.context,
             batch=self.config.batch,
-            autocast=torch.bfloat16 if self.config.precision == "bf16" else None,
+            autocast=self.autocast,
         )
         total = float(losses.sum(dtype=np.float64))
         bits = total / math.log(2) / size
@@ -171,11 +162,6 @@ class Run:
         self._log.close()
         self._board.close()
         self.balancer.close()
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.model.device.type, torch.bfloat16)
 
     def _resume(self, training: Stream) -> None:
         self._identity = {
