@@ -30,6 +30,7 @@ from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
 from engram_lm.train.provenance import command, commit, machine
+from engram_lm.train.stopping import Stopping
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
 
@@ -214,11 +215,25 @@ class Run:
 
 
 def train(runs: list[Run], names: list[str]) -> None:
-    """Steps the runs in turn until all are done, showing the progress of each."""
+    """Steps the runs in turn until all are done, showing the progress of each.
+
+    On SIGTERM, or on Ctrl-C, saves all between two steps and raises SystemExit: status 143, 130.
+    """
     steps = [run.config.steps for run in runs]
     done = [run.step_number for run in runs]
-    with Display(names, steps, done, Console(stderr=True)) as display:
+    console = Console(stderr=True)
+    with Stopping() as stopping, Display(names, steps, done, console) as display:
         while not all(run.done for run in runs):
+            if stopping.due():
+                break
             for index, run in enumerate(runs):
                 if not run.done:
                     display.show(index, run.step())
+        else:
+            return
+        for run in runs:
+            run.save_checkpoint()
+            run.close()
+    at = ", ".join(f"step {run.step_number} of {run.config.steps} in {run.out}" for run in runs)
+    console.print(f"asked to stop: saved at {at}; the same command goes on", soft_wrap=True)
+    raise SystemExit(stopping.status)
