@@ -12,11 +12,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 
 class Balancer:
-    """Counts what every router of a model chooses in training, and moves its bias."""
+    """Counts what every router of a model chooses in training, and moves its bias; not a frozen
+    router's."""
 
     def __init__(self, model: nn.Module, rate: float) -> None:
         self.rate = rate
-        self.routers = [m for m in model.modules() if isinstance(m, DeepseekV3TopkRouter)]
+        routers = [m for m in model.modules() if isinstance(m, DeepseekV3TopkRouter)]
+        self.routers = [router for router in routers if router.weight.requires_grad]
         self.loads: list[Tensor | None] = [None] * len(self.routers)
         self._hooks = [
             router.register_forward_hook(self._counter(index))
