@@ -30,8 +30,10 @@ _HOMES = {
     "RowStore": "engram_lm.memory.rows",
     "Specification": "engram_lm.memory.specification",
     "Table": "engram_lm.memory.table",
+    "give_memory": "engram_lm.model.surgery",
     "ledger": "engram_lm.model.budget",
     "preset": "engram_lm.model.presets",
+    "readdress": "engram_lm.model.surgery",
     "twin": "engram_lm.model.twin",
 }
 

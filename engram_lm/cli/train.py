@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import prepare, setting, settings, train_config
+from engram_lm.cli.settings import opening, prepare, setting, settings, train_config
 from engram_lm.errors import ConfigError, MismatchError
 
 HELP = "Train one model on the WordNet corpus, or on what `engram data` made."
 
 
 def options(add: Callable[..., Any]) -> None:
-    add("--preset", default="nano-engram", help="nano-moe or nano-engram (default: %(default)s)")
+    add("--preset", help="nano-moe or nano-engram (default: nano-engram)")
+    add("--from", type=Path, dest="origin", metavar="DIR", help="start from this saved model")
     add("--out", type=Path, required=True, help="directory; goes on if it holds a checkpoint")
     add("--data", type=Path, help="directory of `engram data` (default: the WordNet corpus)")
     add("--tokens", type=int, default=1_100_000, help="to train on (default: %(default)s)")
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.memory.canonical import backend_of, vocabulary_size
     from engram_lm.model.modeling import EngramLMForCausalLM
     from engram_lm.model.presets import configure, for_vocabulary, preset
-    from engram_lm.train import corpus
+    from engram_lm.train import corpus, initial
     from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.config import TrainConfig
     from engram_lm.train.journal import read_metrics
@@ -45,7 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("device='cuda': this machine has none; accepted here is cpu")
     if arguments.device not in ("cpu", "cuda"):
         raise ConfigError(f"device={arguments.device!r}: accepted are cpu and cuda")
-    model_config = preset(arguments.preset)
+    if arguments.origin is not None and (arguments.preset or changes["model"]):
+        raise ConfigError("--from: a saved model is as it is; --preset and model.* are not taken")
+    name = arguments.preset or "nano-engram"
+    model_config = preset(name)
     training: Stream
     validation: Stream
     if arguments.data is None:
@@ -69,10 +73,15 @@ def run(arguments: argparse.Namespace) -> None:
             f"vocab_size={model_config.vocab_size}: the tokenizer has {token_ids} token ids"
         )
     torch.manual_seed(config.seed)
-    model = EngramLMForCausalLM(model_config)
-    if model_config.memory_config is not None:
-        specification = model_config.memory_config.specification
-        model.set_canonical_map(specification.canonical_map(tokenizer))
+    if arguments.origin is not None:
+        name = str(arguments.origin)
+        with opening(arguments.origin):
+            model = initial.load(arguments.origin, tokenizer)
+    else:
+        model = EngramLMForCausalLM(model_config)
+        if model_config.memory_config is not None:
+            specification = model_config.memory_config.specification
+            model.set_canonical_map(specification.canonical_map(tokenizer))
     model.to(arguments.device)
     run = Run(
         model,
@@ -84,10 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if not arguments.json:
         print(
-            f"engram train: {arguments.preset}, step {run.step_number} of {config.steps}, "
-            f"into {arguments.out}"
+            f"engram train: {name}, step {run.step_number} of {config.steps}, into {arguments.out}"
         )
-    train([run], [arguments.preset])
+    train([run], [name])
     run.close()
     last = read_metrics(arguments.out)[-1]
-    print(json.dumps({"command": "train", "preset": arguments.preset, **last}))
+    print(json.dumps({"command": "train", "preset": name, **last}))

@@ -73,7 +73,7 @@ class EngramLMConfig(DeepseekV3Config):
         # One shared expert as wide as all of them: the same sum, and its width is free to choose.
         self.n_shared_experts = 1
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
     @property
     def memory_config(self) -> MemoryConfig | None:
@@ -101,7 +101,8 @@ class EngramLMConfig(DeepseekV3Config):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: transformers would from now on copy this module beside every saved model."""
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """ConfigError where fields do not fit one another."""
         if len(self.mlp_layer_types or []) != self.num_hidden_layers:
             raise ConfigError(
                 f"mlp_layer_types={self.mlp_layer_types}: one entry for each of "

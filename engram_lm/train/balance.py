@@ -14,7 +14,8 @@ from engram_lm.model.modeling import EngramLMForCausalLM
 
 
 class Balancer:
-    """Counts what every router of a model chooses in training, and moves its bias.
+    """Counts what every router of a model chooses in training, and moves its bias; not a frozen
+    router's.
 
     Shapes: L routers, E experts of each.
     """
@@ -25,7 +26,7 @@ class Balancer:
             layer: module
             for layer, block in enumerate(model.model.layers)
             for module in block.modules()
-            if isinstance(module, DeepseekV3TopkRouter)
+            if isinstance(module, DeepseekV3TopkRouter) and module.weight.requires_grad
         }
         """By layer."""
         self.device = model.device

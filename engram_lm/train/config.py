@@ -32,6 +32,8 @@ class TrainConfig:
     """Joint norm of all gradients, rows included."""
     balance_rate: float = 0.02
     """Of the routing bias, per step. The usual 0.001 is for many times as many steps."""
+    frozen: tuple[str, ...] = ()
+    """Parts that keep their values: tables, tables.LAYER, fusion or backbone."""
     precision: str = "bf16"
     """bf16 autocast, or fp32."""
     attention: str = "eager"

@@ -26,6 +26,7 @@ from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.console import Display
+from engram_lm.train.freeze import freeze
 from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
@@ -60,6 +61,7 @@ class Run:
         )
         self.autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.objective = Objective(model)
+        freeze(model, config.frozen)
         self.optimizers = Optimizers(
             model,
             lr=config.lr,
