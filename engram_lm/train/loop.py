@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from engram_lm.errors import MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
+from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.train import checkpoint, telemetry
 from engram_lm.train.balance import Balancer
@@ -62,11 +63,14 @@ class Run:
         self.autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.objective = Objective(model)
         freeze(model, config.frozen)
+        _check_dtype(model, config.table_dtype)
         self.optimizers = Optimizers(
             model,
             lr=config.lr,
             table_lr_multiplier=config.table_lr_multiplier,
             weight_decay=config.weight_decay,
+            table_optimizer=config.table_optimizer,
+            seed=config.seed,
         )
         self.balancer = Balancer(model, config.balance_rate)
         self.telemetry = Telemetry(model)
@@ -91,9 +95,9 @@ class Run:
         factor = config.factor(self.step_number)
         self.optimizers.set_factor(factor)
         norm = self.optimizers.clip(config.clip)
-        self.optimizers.step()
+        taken = self.optimizers.step()
         self.optimizers.zero_grad()
-        loads_LE = self.balancer.step()
+        loads_LE = self.balancer.step(move=taken)
         norms = self.optimizers.gradient_norms
         found = telemetry.read(
             {"loss": loss, "gradient_norm": norm, "loads": loads_LE}
@@ -116,11 +120,11 @@ class Run:
             **telemetry.load_figures(self.balancer.routers, loads),
             **telemetry.gate_figures(self.telemetry.gates, self.telemetry.streams, gates),
             **telemetry.memory_figures(model.device),
+            **self._row_figures(),
+            "skipped": self.optimizers.skipped,
             "seconds": self.seconds,
             "tokens_per_second": tokens / seconds,
         }
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(f"loss is {record['loss']} at step {self.step_number}")
         if self.step_number % config.evaluate_every == 0 and not self.done:
             record |= self.validate(config.validation_tokens)
         if self.done:
@@ -131,6 +135,21 @@ class Run:
         if self.done:
             self.export()
         return record
+
+    def _row_figures(self) -> dict[str, float]:
+        """Share of each table's rows moved so far, and how far this step's rows were moved."""
+        rows = self.optimizers.rows
+        if rows is None:
+            return {}
+        names = [self.optimizers.table_names[table] for table in rows.tables]
+        sizes = [len(table.weight) for table in rows.tables]
+        return {
+            f"rows_touched/{name}": count / size
+            for name, count, size in zip(names, rows.touched(), sizes, strict=True)
+        } | {
+            f"row_update_rms/{name}": rms
+            for name, rms in zip(names, rows.update_rms(), strict=True)
+        }
 
     def _backward(self) -> Tensor:
         """Leaves the step's gradient with parameters and tables; returns its loss, nats a token."""
@@ -214,6 +233,15 @@ class Run:
             "machine": machine(),
         }
         self.journal.describe({**self._identity, "ledger": counts}, start)
+
+
+def _check_dtype(model: EngramLMForCausalLM, table_dtype: str) -> None:
+    for name, table in model.model.tables.items():
+        if table.weight.dtype != TABLE_DTYPES[table_dtype]:
+            raise MismatchError(
+                f"table_dtype={table_dtype!r}: the model's table of layer {name} is "
+                f"{table.weight.dtype}; make it with table_dtype={table_dtype!r} as well"
+            )
 
 
 def train(runs: list[Run], names: list[str]) -> None:
