@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
             separator_id=encoder.separator_id,
             padding_id=encoder.padding_id,
         )
+    if model_config.memory is not None and config.table_dtype != "fp32":
+        changes["model"].setdefault("table_dtype", config.table_dtype)
     model_config = configure(model_config, changes["model"])
     token_ids = vocabulary_size(backend_of(tokenizer))
     if model_config.vocab_size < token_ids:

@@ -15,7 +15,8 @@ from engram_lm.memory.rows import RowFormat
 
 
 class RowGradient(NamedTuple):
-    """rows_U: distinct row numbers, ascending, int64. values_UE: the summed gradient of each."""
+    """rows_U: distinct row numbers, ascending, int64. values_UE: the summed gradient of each,
+    float32 or wider."""
 
     rows_U: Tensor
     values_UE: Tensor
@@ -52,8 +53,9 @@ class Merged(NamedTuple):
         return cls(rows_U, position_M, order_M, counts_U.cumsum(0) - counts_U)
 
     def sum(self, values_ME: Tensor) -> Tensor:
-        """(M, E) -> (U, E), repeats summed in the order asked."""
-        # An eighth of index_add_'s time on a CPU, to the same bits in float32.
+        """(M, E) -> (U, E), repeats summed in the order asked, in float32 or wider."""
+        values_ME = values_ME.to(torch.promote_types(values_ME.dtype, torch.float32))
+        # An eighth of index_add_'s time on a CPU, to the same bits.
         values_UE: Tensor = torch.embedding_bag(values_ME, self.order_M, self.first_U, mode=_SUM)[0]
         return values_UE
 
@@ -82,6 +84,9 @@ class Table(nn.Module):
 
     rows may pass 2^31 and rows * dim certainly does: everything that counts or points is int64.
     """
+
+    first_row = 0
+    """Number of the weight's first row among all rows; a shard starts further on."""
 
     def __init__(
         self,

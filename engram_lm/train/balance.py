@@ -29,14 +29,18 @@ class Balancer:
             hook.remove()
 
     @torch.no_grad()
-    def step(self) -> float:
-        """Moves the biases by `rate`; returns an expert's largest load over the mean (1: even)."""
+    def step(self, move: bool = True) -> float:
+        """Moves the biases by `rate`; returns an expert's largest load over the mean (1: even).
+
+        move: False for a step that was not taken: its counts are dropped.
+        """
         worst = 1.0 if not self.routers else 0.0
         for index, router in enumerate(self.routers):
             load = self.loads[index]
             if load is not None:
-                direction = torch.sign(load.float().mean() - load)
-                router.e_score_correction_bias.add_(direction, alpha=self.rate)
+                if move:
+                    direction = torch.sign(load.float().mean() - load)
+                    router.e_score_correction_bias.add_(direction, alpha=self.rate)
                 worst = max(worst, float(load.max() / load.float().mean()))
             self.loads[index] = None
         return worst

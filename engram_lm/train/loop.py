@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from engram_lm.errors import MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
+from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.train import checkpoint
 from engram_lm.train.balance import Balancer
@@ -61,11 +62,14 @@ class Run:
         )
         self.autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.objective = Objective(model)
+        _check_dtype(model, config.table_dtype)
         self.optimizers = Optimizers(
             model,
             lr=config.lr,
             table_lr_multiplier=config.table_lr_multiplier,
             weight_decay=config.weight_decay,
+            table_optimizer=config.table_optimizer,
+            seed=config.seed,
         )
         self.balancer = Balancer(model, config.balance_rate)
         self.step_number = 0
@@ -92,9 +96,9 @@ class Run:
         factor = config.factor(self.step_number)
         self.optimizers.set_factor(factor)
         norm = self.optimizers.clip(config.clip)
-        self.optimizers.step()
+        taken = self.optimizers.step()
         self.optimizers.zero_grad()
-        load = self.balancer.step()
+        load = self.balancer.step(move=taken)
         self.step_number += 1
         record = {
             "step": self.step_number,
@@ -103,13 +107,12 @@ class Run:
             "lr": config.lr * factor,
             "gradient_norm": norm.item(),
             "expert_load": load,
+            "skipped": self.optimizers.skipped,
         }
         seconds = time.perf_counter() - started
         self.seconds += seconds
         record["seconds"] = self.seconds
         record["tokens_per_second"] = config.batch * config.context / seconds
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(f"loss is {record['loss']} at step {self.step_number}")
         if self.step_number % config.evaluate_every == 0 and not self.done:
             record |= self.validate(config.validation_tokens)
         if self.done:
@@ -205,6 +208,15 @@ class Run:
         for name, value in record.items():
             if name not in ("step", "tokens"):
                 self._board.add_scalar(name, value, record["step"])
+
+
+def _check_dtype(model: EngramLMForCausalLM, table_dtype: str) -> None:
+    for name, table in model.model.tables.items():
+        if table.weight.dtype != TABLE_DTYPES[table_dtype]:
+            raise MismatchError(
+                f"table_dtype={table_dtype!r}: the model's table of layer {name} is "
+                f"{table.weight.dtype}; make it with table_dtype={table_dtype!r} as well"
+            )
 
 
 def train(runs: list[Run], names: list[str]) -> None:
