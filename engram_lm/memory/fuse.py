@@ -4,13 +4,15 @@ Shapes: B sequences, T tokens, S streams, D width, M memory width (all rows of a
 window. Equations 3 to 5 of arXiv 2601.07372; the module sees tensors only.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from engram_lm.config import FusionConfig
+from engram_lm.memory.taps import Taps
 from engram_lm.memory.window import Window
 
 
@@ -41,8 +43,8 @@ class Gate(nn.Module):
         dtype = torch.promote_types(hidden_BTSD.dtype, torch.float32)
         hidden_BTSD, key_BTSD = hidden_BTSD.to(dtype), key_BTSD.to(dtype)
         width = hidden_BTSD.shape[-1]
-        scale_BTS = torch.rsqrt(hidden_BTSD.square().mean(-1) + self.eps)
-        scale_BTS = scale_BTS * torch.rsqrt(key_BTSD.square().mean(-1) + self.eps)
+        scale_BTS = torch.rsqrt(mean_square(hidden_BTSD) + self.eps)
+        scale_BTS = scale_BTS * torch.rsqrt(mean_square(key_BTSD) + self.eps)
         dot_BTS = (hidden_BTSD * weight_SD.to(dtype) * key_BTSD).sum(-1) * scale_BTS * width**-0.5
         if self.rule == "plain":
             return torch.sigmoid(dot_BTS)
@@ -50,6 +52,31 @@ class Gate(nn.Module):
         if self.rule == "signed_sqrt":  # a product of exactly zero gives 0.5
             return torch.sigmoid(root_BTS * dot_BTS.sign())
         return torch.sigmoid(torch.copysign(root_BTS, dot_BTS))  # and here sigmoid(0.001)
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Autograd's own way back passes over the values several times; this one, to the same bits,
+    once."""
+
+    @staticmethod
+    def forward(ctx: Any, values_BTSD: Tensor) -> Tensor:
+        ctx.save_for_backward(values_BTSD)
+        return values_BTSD.square().mean(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTS: Tensor) -> Tensor:
+        (values_BTSD,) = ctx.saved_tensors
+        grad_BTS = grad_BTS / values_BTSD.shape[-1] * 2
+        return values_BTSD * grad_BTS[..., None]
+
+
+def mean_square(values_BTSD: Tensor) -> Tensor:
+    """(B, T, S)."""
+    if torch.is_grad_enabled() and values_BTSD.requires_grad:
+        mean_BTS: Tensor = _MeanSquare.apply(values_BTSD)
+        return mean_BTS
+    return values_BTSD.square().mean(-1)
 
 
 def _norm_weight(streams: int, width: int, config: FusionConfig) -> nn.Parameter:
@@ -66,7 +93,6 @@ class ShortConv(nn.Module):
         self.norm_offset = 1.0 if config.zero_centered_norms else 0.0
         self.dilation = dilation
         self.norm_weight = _norm_weight(streams, width, config)
-        # Tap j multiplies the value (kernel - 1 - j) * dilation tokens back, as in torch's Conv1d.
         self.weight = nn.Parameter(torch.zeros(streams, width, config.conv_kernel))
 
     @property
@@ -83,31 +109,18 @@ class ShortConv(nn.Module):
         """
         dtype = torch.promote_types(gated_BTSD.dtype, torch.float32)
         weight_SD = self.norm_weight.to(dtype) + self.norm_offset
-        scale_BTS1 = torch.rsqrt(gated_BTSD.to(dtype).square().mean(-1, keepdim=True) + self.eps)
-        inputs_BTSD = gated_BTSD.to(dtype) * scale_BTS1 * weight_SD
+        gated_BTSD = gated_BTSD.to(dtype)
+        scale_BTS = torch.rsqrt(mean_square(gated_BTSD) + self.eps)
+        inputs_BTSD = gated_BTSD * scale_BTS[..., None] * weight_SD
         if tail_BWSD is None:
             B, _, S, D = inputs_BTSD.shape
             tail_BWSD = inputs_BTSD.new_zeros(B, window.earlier, S, D)
         inputs_BWSD = torch.cat([tail_BWSD.to(dtype), inputs_BTSD], dim=1)
         packed_BWSD = window.pack(inputs_BWSD)
-        document_BW = window.document_BW
-        # A depthwise dilated Conv1d is slow on a CPU and knows no document starts; taps are both.
-        kernel = self.weight.shape[-1]
-        first = 0 if window.order_BW is not None else window.earlier
-        T = packed_BWSD.shape[1] - first
-        output_BTSD = packed_BWSD[:, first:] * self.weight[..., kernel - 1].to(dtype)
-        for tap in range(kernel - 1):
-            back = (kernel - 1 - tap) * self.dilation
-            missing = max(0, back - first)
-            values_BTSD = packed_BWSD[:, first - back + missing : max(0, first - back + T)]
-            if document_BW is not None:
-                same_BT = (
-                    document_BW[:, first + missing :]
-                    == document_BW[:, first - back + missing : max(0, first - back + T)]
-                )
-                values_BTSD = values_BTSD * same_BT[..., None, None]
-            values_BTSD = F.pad(values_BTSD, (0, 0, 0, 0, min(missing, T), 0))
-            output_BTSD = output_BTSD + values_BTSD * self.weight[..., tap].to(dtype)
+        # Padding moves tokens about inside the window, so then all positions get an output.
+        tokens = window.tokens if window.order_BW is None else packed_BWSD.shape[1]
+        taps = Taps(self.weight.shape[-1], self.dilation, tokens, window.document_BW)
+        output_BTSD = taps(packed_BWSD, self.weight.to(dtype).movedim(-1, 0).contiguous())
         if window.order_BW is not None:
             output_BTSD = window.unpack(output_BTSD)
         return F.silu(output_BTSD), inputs_BWSD
