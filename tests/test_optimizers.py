@@ -12,6 +12,7 @@ from engram_lm.train.balance import Balancer
 from engram_lm.train.optimizers import Optimizers, groups
 from engram_lm.train.row_adam import RowAdam
 from engram_lm.train.stacked_muon import StackedMuon
+from engram_lm.train.workers import Workers
 
 ROWS, DIM = 40, 8
 
@@ -140,7 +141,7 @@ def test_factor_scales_every_learning_rate():
 
 def test_balancing_evens_out_a_router_that_prefers_one_expert():
     model = tiny_model().train()
-    balancer = Balancer(model, rate=0.02)
+    balancer = Balancer(model, 0.02, Workers())
     router = next(iter(balancer.routers.values()))
     with torch.no_grad():
         router.weight[0] += router.weight.abs().max()
@@ -160,7 +161,7 @@ def test_balancing_evens_out_a_router_that_prefers_one_expert():
 
 def test_evaluation_does_not_move_the_balance():
     model = tiny_model().eval()
-    balancer = Balancer(model, rate=0.1)
+    balancer = Balancer(model, 0.1, Workers())
     model(torch.randint(2, 97, (2, 9)))
     balancer.step()
     assert not any(router.e_score_correction_bias.any() for router in balancer.routers.values())

@@ -15,6 +15,7 @@ from test_train import final, losses, states_equal
 
 from engram_lm.train.loop import train
 from engram_lm.train.stopping import Stopping
+from engram_lm.train.workers import Workers
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -52,7 +53,7 @@ def test_a_signal_saves_between_steps_and_the_run_goes_on_bit_for_bit(
 
 
 def test_ctrl_c_twice_stops_at_once():
-    with Stopping() as stopping, pytest.raises(KeyboardInterrupt):
+    with Stopping(Workers()) as stopping, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert stopping.signal == signal.SIGINT
@@ -65,7 +66,8 @@ def test_a_step_that_does_not_end_is_left_without_saving():
     code = (
         "import ctypes, os, signal, threading\n"
         "from engram_lm.train.stopping import Stopping\n"
-        "with Stopping(patience=0.5) as stopping:\n"
+        "from engram_lm.train.workers import Workers\n"
+        "with Stopping(Workers(), patience=0.5) as stopping:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    libc = ctypes.CDLL(None)\n"
         "    while True: libc.sleep(3600)\n"
@@ -81,19 +83,23 @@ def test_all_workers_stop_at_the_same_boundary(seed):
     # Threads for workers and a barrier for a step's collectives: nobody ends a step that another
     # has not begun. Each worker may be asked at any moment, or never.
     generator = random.Random(seed)
-    size, store = 4, dist.HashStore()
+    size, met = 4, dist.HashStore()
     collective = threading.Barrier(size)
-    workers = [Stopping(rank, size, store) for rank in range(size)]
+
+    class Together(Workers):
+        store = met
+
+    workers = [Stopping(Together(rank, size)) for rank in range(size)]
     asked = [generator.choice([None, generator.uniform(0, 0.02)]) for _ in workers]
     asked[generator.randrange(size)] = generator.uniform(0, 0.02)
     stopped: dict[int, int] = {}
 
     def work(worker: Stopping) -> None:
-        pauses = random.Random((seed, worker.rank).__repr__())
+        pauses = random.Random((seed, worker.workers.rank).__repr__())
         for step in range(10_000):
             time.sleep(pauses.choice([0, 0.001]))
             if worker.due():
-                stopped[worker.rank] = step
+                stopped[worker.workers.rank] = step
                 return
             collective.wait(timeout=60)
 

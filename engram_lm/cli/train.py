@@ -28,20 +28,17 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.memory.canonical import backend_of, vocabulary_size
     from engram_lm.model.modeling import EngramLMForCausalLM
     from engram_lm.model.presets import configure, for_vocabulary, preset
-    from engram_lm.train import corpus, initial
+    from engram_lm.train import initial, text
     from engram_lm.train.allocator import keep_freed_memory
+    from engram_lm.train.batches import check_step
     from engram_lm.train.config import TrainConfig
     from engram_lm.train.journal import read_metrics
     from engram_lm.train.loop import Run, train
-    from engram_lm.train.shards import Shards
-    from engram_lm.train.stream import Stream
+    from engram_lm.train.workers import Workers
 
     changes = settings(arguments.set, ("train", "model"))
     torch = prepare(arguments.threads)
     keep_freed_memory()
-    config = train_config(
-        TrainConfig(tokens=arguments.tokens, seed=arguments.seed), changes["train"]
-    )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': this machine has none; accepted here is cpu")
     if arguments.device not in ("cpu", "cuda"):
@@ -49,31 +46,35 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.origin is not None and (arguments.preset or changes["model"]):
         raise ConfigError("--from: a saved model is as it is; --preset and model.* are not taken")
     name = arguments.preset or "nano-engram"
-    model_config = preset(name)
-    training: Stream
-    validation: Stream
+    workers = Workers.join(arguments.device)
+    # A mistake in what all workers were given is told once, by main.
+    with workers.main_first("the settings"):
+        config = train_config(
+            TrainConfig(tokens=arguments.tokens, seed=arguments.seed), changes["train"]
+        )
+        model_config = preset(name)
     if arguments.data is None:
-        tokenizer = corpus.tokenizer()
-        training = corpus.stream("train", config.tokens + 1)
-        validation = corpus.stream("validation")
+        found = text.wordnet(config.tokens + 1, workers)
     else:
-        shards = Shards(arguments.data)
-        encoder, tokenizer = shards.encoder, shards.encoder.fast()
-        training, validation = shards.split("train"), shards.split("validation")
+        found = text.token_shards(arguments.data, workers)
+    tokenizer, encoder = found.tokenizer, found.encoder
+    if encoder is not None:
         model_config = for_vocabulary(
             model_config,
             token_ids=encoder.token_ids,
             separator_id=encoder.separator_id,
             padding_id=encoder.padding_id,
         )
-    if model_config.memory is not None and config.table_dtype != "fp32":
-        changes["model"].setdefault("table_dtype", config.table_dtype)
-    model_config = configure(model_config, changes["model"])
-    token_ids = vocabulary_size(backend_of(tokenizer))
-    if model_config.vocab_size < token_ids:
-        raise MismatchError(
-            f"vocab_size={model_config.vocab_size}: the tokenizer has {token_ids} token ids"
-        )
+    with workers.main_first("what belongs together"):
+        if model_config.memory is not None and config.table_dtype != "fp32":
+            changes["model"].setdefault("table_dtype", config.table_dtype)
+        model_config = configure(model_config, changes["model"])
+        token_ids = vocabulary_size(backend_of(tokenizer))
+        if model_config.vocab_size < token_ids:
+            raise MismatchError(
+                f"vocab_size={model_config.vocab_size}: the tokenizer has {token_ids} token ids"
+            )
+        check_step(found.training, config, workers)
     torch.manual_seed(config.seed)
     if arguments.origin is not None:
         name = str(arguments.origin)
@@ -84,20 +85,24 @@ def run(arguments: argparse.Namespace) -> None:
         if model_config.memory_config is not None:
             specification = model_config.memory_config.specification
             model.set_canonical_map(specification.canonical_map(tokenizer))
-    model.to(arguments.device)
+    model.to(workers.device)  # type: ignore[arg-type]
     run = Run(
         model,
         tokenizer,
         config,
         arguments.out,
-        training=training,
-        validation=validation,
+        training=found.training,
+        validation=found.validation,
+        workers=workers,
     )
-    if not arguments.json:
+    if workers.main and not arguments.json:
         print(
             f"engram train: {name}, step {run.step_number} of {config.steps}, into {arguments.out}"
         )
     train([run], [name])
     run.close()
+    workers.close()
+    if not workers.main:
+        return
     last = read_metrics(arguments.out)[-1]
     print(json.dumps({"command": "train", "preset": name, **last}))

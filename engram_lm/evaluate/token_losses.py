@@ -25,6 +25,7 @@ def token_losses(
     batch: int,
     starts_T: npt.NDArray[np.bool_] | None = None,
     autocast: torch.dtype | None = None,
+    share: Callable[[int], range] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Losses in nats, (T - 1,): entry t is that of predicting token t + 1, token t read last.
@@ -35,28 +36,36 @@ def token_losses(
     losses of one `context`. Logits are made for `batch` windows at once: 4 * batch * context * V
     bytes. `starts_T`: True where a document starts, whose tokens then see nothing of the one
     before: not in attention, nor in memory whose boundary_rule is "document". `autocast`: None for
-    the weights' own precision. `progress`: called with tokens so far. To judge the backbone alone,
-    call inside `model.model.without_memory()`.
+    the weights' own precision. `share`: for one of several workers, which of this many windows are
+    its own; the entries of others are 0, and all call the model equally often. `progress`: called
+    with tokens so far. To judge the backbone alone, call inside `model.model.without_memory()`.
     """
     if len(ids_T) < 2 or context < 1 or batch < 1:
         raise DataError(
             f"{len(ids_T)} ids, context={context}, batch={batch}: 2 ids and 1 of each are needed"
         )
-    losses_T = np.empty(len(ids_T) - 1, dtype=np.float32)
+    losses_T = np.zeros(len(ids_T) - 1, dtype=np.float32)
     with inference(model):
         for first, last, positions in _batches(len(losses_T), context, batch):
             window = torch.from_numpy(ids_T[first : last + 1].astype(np.int64)).to(model.device)
-            inputs_BC = window[:-1].view(-1, positions)
+            inputs_BC, targets_BC = window[:-1].view(-1, positions), window[1:].view(-1, positions)
+            own = range(len(inputs_BC)) if share is None else share(len(inputs_BC))
+            # Who has none reads one all the same: workers that share tables wait for one another.
+            read = slice(own.start, own.stop) if own else slice(0, 1)
             positions_BC = None
             if starts_T is not None:
-                starts_BC = starts_T[first:last].reshape(-1, positions)
+                starts_BC = starts_T[first:last].reshape(-1, positions)[read]
                 positions_BC = torch.from_numpy(packed_positions(starts_BC)).to(model.device)
             with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
                 logits_BCV = model(
-                    input_ids=inputs_BC, position_ids=positions_BC, use_cache=False
+                    input_ids=inputs_BC[read], position_ids=positions_BC, use_cache=False
                 ).logits
-            losses = F.cross_entropy(logits_BCV.flatten(0, 1).float(), window[1:], reduction="none")
-            losses_T[first:last] = losses.cpu().numpy()
+            losses = F.cross_entropy(
+                logits_BCV.flatten(0, 1).float(), targets_BC[read].flatten(), reduction="none"
+            )
+            if own:
+                begin, end = first + own.start * positions, first + own.stop * positions
+                losses_T[begin:end] = losses.cpu().numpy()
             if progress is not None:
                 progress(last)
     return losses_T

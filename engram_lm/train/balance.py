@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.train.workers import Workers
 
 
 class Balancer:
@@ -20,7 +21,8 @@ class Balancer:
     Shapes: L routers, E experts of each.
     """
 
-    def __init__(self, model: EngramLMForCausalLM, rate: float) -> None:
+    def __init__(self, model: EngramLMForCausalLM, rate: float, workers: Workers) -> None:
+        self.workers = workers
         self.rate, self.experts = rate, model.config.n_routed_experts
         self.routers: dict[int, DeepseekV3TopkRouter] = {
             layer: module
@@ -44,11 +46,11 @@ class Balancer:
     @torch.no_grad()
     def step(self, move: bool = True) -> Tensor:
         """Moves the biases by `rate`; returns how often each expert was chosen since the last
-        call, (L, E) int64.
+        call, by all workers, (L, E) int64.
 
         move: False for a step that was not taken: its counts are dropped.
         """
-        loads_LE, self.loads_LE = self.loads_LE, self._nothing()
+        loads_LE, self.loads_LE = self.workers.sum(self.loads_LE), self._nothing()
         for router, load_E in zip(self.routers.values(), loads_LE, strict=True):
             if move:
                 direction_E = torch.sign(load_E.float().mean() - load_E)

@@ -10,9 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engram_lm.errors import DataError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.model.positions import packed_positions
+from engram_lm.train.config import TrainConfig
 from engram_lm.train.stream import Stream
+from engram_lm.train.workers import Workers
 
 
 class Batch(NamedTuple):
@@ -43,15 +45,37 @@ class Batch(NamedTuple):
         return [Batch(*each) for each in zip(*split, strict=True)]
 
 
+def check_step(stream: Stream, config: TrainConfig, workers: Workers) -> None:
+    """ConfigError where a step has not a sequence for every micro-batch of every worker, DataError
+    where the stream has fewer windows than a step has sequences.
+    """
+    parts = workers.size * config.micro_batches
+    if config.batch < parts:
+        raise ConfigError(
+            f"batch={config.batch}: {workers.size} workers with micro_batches="
+            f"{config.micro_batches} need {parts} sequences a step or more"
+        )
+    windows = (len(stream) - 1) // config.context
+    if windows < config.batch:
+        raise DataError(
+            f"{len(stream)} tokens: a step takes batch={config.batch} windows of context="
+            f"{config.context} tokens, there are {windows}"
+        )
+
+
 class Batches:
     """Windows of context + 1 tokens, one after another, in an order drawn anew for each pass.
 
     Because a batch depends on nothing but (seed, step), a run that resumes sees what it would have.
-    A document that a window's end cuts goes on in another window, as if it began there.
+    A document that a window's end cuts goes on in another window, as if it began there. rows: which
+    of a step's `batch` sequences are given, for a worker that has a part of them.
     """
 
-    def __init__(self, stream: Stream, *, batch: int, context: int, seed: int) -> None:
+    def __init__(
+        self, stream: Stream, *, batch: int, context: int, seed: int, rows: range | None = None
+    ) -> None:
         self.stream, self.batch, self.context, self.seed = stream, batch, context, seed
+        self.rows = range(batch) if rows is None else rows
         self.windows = (len(stream) - 1) // context
         self._held: tuple[int, npt.NDArray[np.int64]] | None = None
         if self.windows < 1:
@@ -60,8 +84,8 @@ class Batches:
             )
 
     def __getitem__(self, step: int) -> Batch:
-        """A step's tokens, (batch, context) each."""
-        firsts = [self._first(step * self.batch + index) for index in range(self.batch)]
+        """A step's tokens, (rows, context) each."""
+        firsts = self._firsts(step)
         rows = [self.stream.read(first, first + self.context + 1) for first in firsts]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         starts = [self.stream.starts(first, first + self.context) for first in firsts]
@@ -71,8 +95,12 @@ class Batches:
 
     def text_bytes(self, step: int) -> float:
         """Bytes of UTF-8 text that a step's targets stand for."""
-        firsts = [self._first(step * self.batch + index) for index in range(self.batch)]
-        return sum(self.stream.text_bytes(at + 1, at + self.context + 1) for at in firsts)
+        return sum(
+            self.stream.text_bytes(at + 1, at + self.context + 1) for at in self._firsts(step)
+        )
+
+    def _firsts(self, step: int) -> list[int]:
+        return [self._first(step * self.batch + index) for index in self.rows]
 
     def _first(self, number: int) -> int:
         passes, index = divmod(number, self.windows)

@@ -1,4 +1,4 @@
-"""The training loop of one model on one machine.
+"""The training loop of one model, by one process or by several workers.
 
 A Run is stepped by its caller, so that a study can take turns between two models and the drift of
 the machine falls on both. Everything it leaves is in its directory: config.json, metrics.jsonl,
@@ -24,7 +24,7 @@ from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.train import checkpoint, telemetry
 from engram_lm.train.balance import Balancer
-from engram_lm.train.batches import Batches
+from engram_lm.train.batches import Batches, check_step
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.console import Display
 from engram_lm.train.freeze import freeze
@@ -32,9 +32,11 @@ from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
 from engram_lm.train.provenance import command, commit, machine
+from engram_lm.train.sharded_table import shard_tables
 from engram_lm.train.stopping import Stopping
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
+from engram_lm.train.workers import Workers
 
 
 class Run:
@@ -42,6 +44,8 @@ class Run:
     one.
 
     training, validation: token streams, of whose documents the model is told where they start.
+    workers: those that share each step's sequences; all make the same Run, and main writes.
+    ConfigError or DataError where there is not a sequence for each of their micro-batches.
     """
 
     def __init__(
@@ -53,13 +57,21 @@ class Run:
         *,
         training: Stream,
         validation: Stream,
+        workers: Workers | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config, self.out = model, tokenizer, config, out
-        self.validation = validation
+        self.validation, self.workers = validation, workers or Workers()
         model.set_attn_implementation(config.attention)
+        check_step(training, config, self.workers)
         self.batches = Batches(
-            training, batch=config.batch, context=config.context, seed=config.seed
+            training,
+            batch=config.batch,
+            context=config.context,
+            seed=config.seed,
+            rows=self.workers.share(config.batch),
         )
+        if self.workers.size > 1:
+            shard_tables(model)
         self.autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.objective = Objective(model)
         freeze(model, config.frozen)
@@ -72,14 +84,14 @@ class Run:
             table_optimizer=config.table_optimizer,
             seed=config.seed,
         )
-        self.balancer = Balancer(model, config.balance_rate)
+        self.balancer = Balancer(model, config.balance_rate, self.workers)
         self.telemetry = Telemetry(model)
         self.step_number = 0
         self.seconds = 0.0
         """Spent in steps, validation and saving left out."""
         out.mkdir(parents=True, exist_ok=True)
         self._resume(training)
-        self.journal = Journal(out, self.step_number)
+        self.journal = Journal(out, self.step_number) if self.workers.main else None
         self._describe()
 
     @property
@@ -88,39 +100,28 @@ class Run:
 
     def step(self) -> dict[str, float]:
         """One optimiser step, and what is due after it; returns what it logged, loss in nats."""
-        config, model = self.config, self.model
+        config = self.config
         started = time.perf_counter()
-        model.train()
-        loss = self._backward()
+        self.model.train()
+        with self.workers.guard(f"step {self.step_number + 1}"):
+            loss = self._backward()
         factor = config.factor(self.step_number)
         self.optimizers.set_factor(factor)
         norm = self.optimizers.clip(config.clip)
         taken = self.optimizers.step()
+        moved = self._moved()
         self.optimizers.zero_grad()
         loads_LE = self.balancer.step(move=taken)
-        norms = self.optimizers.gradient_norms
-        found = telemetry.read(
-            {"loss": loss, "gradient_norm": norm, "loads": loads_LE}
-            | {"gates": self.telemetry.take()}
-            | {f"gradient_norm/{name}": value for name, value in norms.items()}
-        )
+        found = self._read(loss, norm, loads_LE, moved)
         seconds = time.perf_counter() - started
-        text_bytes = self.batches.text_bytes(self.step_number)
         self.step_number += 1
         self.seconds += seconds
         tokens = config.batch * config.context
-        ((loss_nats,), loads, gates) = (found.pop(name) for name in ("loss", "loads", "gates"))
         record = {
             "step": self.step_number,
             "tokens": self.step_number * tokens,
-            "loss": loss_nats,
-            "bpb": loss_nats * tokens / math.log(2) / text_bytes,
+            **found,
             "lr": config.lr * factor,
-            **{name: value for name, (value,) in found.items()},
-            **telemetry.load_figures(self.balancer.routers, loads),
-            **telemetry.gate_figures(self.telemetry.gates, self.telemetry.streams, gates),
-            **telemetry.memory_figures(model.device),
-            **self._row_figures(),
             "skipped": self.optimizers.skipped,
             "seconds": self.seconds,
             "tokens_per_second": tokens / seconds,
@@ -129,39 +130,88 @@ class Run:
             record |= self.validate(config.validation_tokens)
         if self.done:
             record |= self.validate(len(self.validation))
-        self.journal.write(record)
+        if self.journal is not None:
+            self.journal.write(record)
         if self.done or self.step_number % config.checkpoint_every == 0:
             self.save_checkpoint()
-        if self.done:
+        if self.done and self.workers.main:
             self.export()
         return record
 
-    def _row_figures(self) -> dict[str, float]:
-        """Share of each table's rows moved so far, and how far this step's rows were moved."""
-        rows = self.optimizers.rows
-        if rows is None:
-            return {}
-        names = [self.optimizers.table_names[table] for table in rows.tables]
-        sizes = [len(table.weight) for table in rows.tables]
-        return {
-            f"rows_touched/{name}": count / size
-            for name, count, size in zip(names, rows.touched(), sizes, strict=True)
-        } | {
-            f"row_update_rms/{name}": rms
-            for name, rms in zip(names, rows.update_rms(), strict=True)
-        }
+    def _moved(self) -> Tensor:
+        """Of each trained table here: rows, rows moved so far, values moved in this step, and the
+        sum of the squares of how far; flat float64, adds up over workers.
+        """
+        rows, found = self.optimizers.rows, []
+        if rows is not None:
+            for table, touched, rms in zip(
+                rows.tables, rows.touched(), rows.update_rms(), strict=True
+            ):
+                gradient = table.row_gradient
+                values = 0 if gradient is None else gradient.values_UE.numel()
+                found += [len(table.weight), touched, values, rms**2 * values]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def _row_figures(self, moved: list[float]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        tables = () if self.optimizers.rows is None else self.optimizers.rows.tables
+        for index, table in enumerate(tables):
+            rows, touched, values, squares = moved[4 * index : 4 * index + 4]
+            name = self.optimizers.table_names[table]
+            found[f"rows_touched/{name}"] = touched / rows
+            found[f"row_update_rms/{name}"] = math.sqrt(squares / max(1.0, values))
+        return found
 
     def _backward(self) -> Tensor:
-        """Leaves the step's gradient with parameters and tables; returns its loss, nats a token."""
+        """Leaves the step's gradient with parameters and tables; returns this worker's part of the
+        loss in nats a token, of which the workers' mean is the step's.
+        """
+        config, device = self.config, self.model.device
         batch = self.batches[self.step_number]
-        total = torch.zeros((), device=self.model.device)
-        for part in batch.split(self.config.micro_batches):
-            # Weighted by tokens: parts of unequal size count for what is in them.
-            share = part.targets_BT.numel() / batch.targets_BT.numel()
-            loss = self.objective(part.to(self.model.device), self.autocast) * share
+        total = torch.zeros((), device=device)
+        for part in batch.split(config.micro_batches):
+            # Gradients are averaged over workers: weighted by tokens, unequal parts count for what
+            # is in them.
+            share = part.targets_BT.numel() / (config.batch * config.context)
+            loss = self.objective(part.to(device), self.autocast) * (share * self.workers.size)
             loss.backward()
             total += loss.detach()
+        if self.workers.size > 1:
+            for each in self.optimizers.groups[:3]:
+                for parameter in each:
+                    assert parameter.grad is not None
+                    parameter.grad = self.workers.sum(parameter.grad) / self.workers.size
         return total
+
+    def _read(
+        self, loss: Tensor, norm: Tensor, loads_LE: Tensor, moved: Tensor
+    ) -> dict[str, float]:
+        """A step's figures, those of all workers taken together."""
+        memory = telemetry.memory_figures(self.model.device)
+        bytes_of_text = self.batches.text_bytes(self.step_number)
+        norms = self.optimizers.gradient_norms
+        apart = torch.tensor([bytes_of_text, *memory.values()], dtype=torch.float64)
+        apart = torch.cat([apart, moved])
+        sums = torch.cat([loss.double()[None], self.telemetry.take(), apart.to(loss.device)])
+        values = telemetry.read(
+            {"sums": self.workers.sum(sums), "loads": loads_LE, "gradient_norm": norm}
+            | {f"gradient_norm/{name}": value for name, value in norms.items()}
+        )
+        loads, (loss_sum, *sums_read) = values.pop("loads"), values.pop("sums")
+        size, *together = sums_read[-len(apart) :]
+        together, moved_read = together[: len(memory)], together[len(memory) :]
+        gates = self.telemetry.gates
+        nats = loss_sum / self.workers.size
+        tokens = self.config.batch * self.config.context
+        return {
+            "loss": nats,
+            "bpb": nats * tokens / math.log(2) / size,
+            **{name: value for name, (value,) in values.items()},
+            **telemetry.load_figures(self.balancer.routers, loads),
+            **telemetry.gate_figures(gates, self.telemetry.streams, sums_read[: -len(apart)]),
+            **dict(zip(memory, together, strict=True)),
+            **self._row_figures(moved_read),
+        }
 
     def validate(self, tokens: int) -> dict[str, float]:
         """Loss on about `tokens` validation tokens, the first, in nats a token and bits a byte."""
@@ -173,13 +223,17 @@ class Run:
             context=self.config.context,
             batch=self.config.batch,
             autocast=self.autocast,
+            share=self.workers.share,
         )
-        total = float(losses.sum(dtype=np.float64))
+        mine = torch.tensor(losses.sum(dtype=np.float64), device=self.model.device)
+        total = self.workers.sum(mine).item()
         bits = total / math.log(2) / size
         return {"validation_loss": total / len(losses), "validation_bpb": bits}
 
     def save_checkpoint(self) -> None:
         """Everything that going on needs, atomically."""
+        if self.journal is None:
+            return
         self.journal.sync()
         checkpoint.save(
             self.out,
@@ -200,7 +254,8 @@ class Run:
 
     def close(self) -> None:
         """Ends the logs; the model is left without hooks."""
-        self.journal.close()
+        if self.journal is not None:
+            self.journal.close()
         self.balancer.close()
         self.telemetry.close()
 
@@ -225,11 +280,14 @@ class Run:
         self.step_number, self.seconds = state["step"], state["seconds"]
 
     def _describe(self) -> None:
+        if self.journal is None:
+            return
         counts = ledger(self.model.config, self.config.context).to_dict()
         start = {
             "step": self.step_number,
             "commit": commit(),
             "command": command(),
+            "workers": self.workers.size,
             "machine": machine(),
         }
         self.journal.describe({**self._identity, "ledger": counts}, start)
@@ -249,10 +307,11 @@ def train(runs: list[Run], names: list[str]) -> None:
 
     On SIGTERM, or on Ctrl-C, saves all between two steps and raises SystemExit: status 143, 130.
     """
+    workers = runs[0].workers
     steps = [run.config.steps for run in runs]
     done = [run.step_number for run in runs]
-    console = Console(stderr=True)
-    with Stopping() as stopping, Display(names, steps, done, console) as display:
+    console = Console(stderr=True, quiet=not workers.main)
+    with Stopping(workers) as stopping, Display(names, steps, done, console) as display:
         while not all(run.done for run in runs):
             if stopping.due():
                 break

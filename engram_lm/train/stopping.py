@@ -17,7 +17,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from torch.distributed import Store
+from engram_lm.train.workers import Workers
 
 PATIENCE = 20.0
 """Seconds from the signal to the agreement."""
@@ -30,14 +30,11 @@ class Stopping:
     """Asked between steps whether to stop; the answer is the same on all workers.
 
     A context manager, which takes both signals inside; signals reach only a process's main thread,
-    and in another thread it leaves them alone. store: that of the workers, None for one alone.
+    and in another thread it leaves them alone.
     """
 
-    def __init__(
-        self, rank: int = 0, size: int = 1, store: Store | None = None, patience: float = PATIENCE
-    ) -> None:
-        assert (store is None) == (size == 1)
-        self.rank, self.size, self.store, self.patience = rank, size, store, patience
+    def __init__(self, workers: Workers, patience: float = PATIENCE) -> None:
+        self.workers, self.patience = workers, patience
         self.signal: signal.Signals | None = None
         """What this worker was asked with."""
         self._boundary = 0
@@ -54,25 +51,27 @@ class Stopping:
         """Whether all stop here. Every worker calls it before each step; ends the process where
         all ought to stop and some do not come.
         """
-        if self.store is None:
+        if self.workers.size == 1:
             if self.signal is not None:
                 self._settled.set()
             return self.signal is not None
+        store = self.workers.store
         if self.signal is not None and self._last is None:
-            said = self.store.compare_set(_PROPOSED, "", str(self._boundary))
+            said = store.compare_set(_PROPOSED, "", str(self._boundary))
             self._last = int(said)  # the first proposal is the one that counts
-        elif self._last is None and self.store.check([_PROPOSED]):
-            self._last = int(self.store.get(_PROPOSED))
+        elif self._last is None and store.check([_PROPOSED]):
+            self._last = int(store.get(_PROPOSED))
         self._boundary += 1
         if self._last is None or self._boundary - 1 <= self._last:
             return False
-        self._meet(self.store)
+        self._meet()
         return True
 
-    def _meet(self, store: Store) -> None:
+    def _meet(self) -> None:
         deadline = time.monotonic() + self.patience  # for a worker that was not asked itself
+        store = self.workers.store
         store.add(_READY, 1)
-        while store.add(_READY, 0) < self.size:
+        while store.add(_READY, 0) < self.workers.size:
             if time.monotonic() > deadline:
                 self._give_up()
             time.sleep(0.02)
@@ -102,7 +101,7 @@ class Stopping:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C reaches workers twice, from the terminal and from torchrun; alone it means now.
-        if number == signal.SIGINT and self.signal == signal.SIGINT and self.size == 1:
+        if number == signal.SIGINT and self.signal == signal.SIGINT and self.workers.size == 1:
             raise KeyboardInterrupt
         self.signal = self.signal or signal.Signals(number)
 
@@ -115,8 +114,9 @@ class Stopping:
                     return
 
     def _give_up(self) -> None:
-        who = f"worker {self.rank} of {self.size}: " if self.size > 1 else ""
-        what = "the workers did not meet" if self.size > 1 else "the step did not end"
+        rank, size = self.workers.rank, self.workers.size
+        who = f"worker {rank} of {size}: " if size > 1 else ""
+        what = "the workers did not meet" if size > 1 else "the step did not end"
         print(
             f"\n{who}asked to stop, but {what} within {self.patience:g} s: nothing saved; the "
             "same command goes on from the last checkpoint",

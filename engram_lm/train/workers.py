@@ -1,16 +1,21 @@
 """The processes that train one model: alone, or those that torchrun started."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engram_lm.errors import ConfigError, WorkerError
+
+if TYPE_CHECKING:  # not in a torch that is built without torch.distributed
+    from torch._C._distributed_c10d import Store
 
 PATIENCE = timedelta(seconds=50)
 """How long a collective waits for another worker. A worker that dies closes its connections and is
@@ -66,6 +71,22 @@ class Workers:
     def main(self) -> bool:
         """True for the one worker that writes what is written once."""
         return self.rank == 0
+
+    @property
+    def store(self) -> "Store":
+        """Where the workers met: for small notes that need no collective."""
+        return dist.distributed_c10d._get_default_store()
+
+    @contextmanager
+    def main_first(self, what: str) -> Iterator[None]:
+        """Inside, main is alone until it has left; the others wait for it as long as it takes."""
+        note = f"engram_lm/done/{what}"
+        with self.guard(f"waiting for {what}"):
+            while not self.main and not self.store.check([note]):
+                time.sleep(0.05)
+        yield
+        if self.main and self.size > 1:
+            self.store.set(note, "")
 
     def share(self, total: int) -> range:
         """This worker's part of `total` things: contiguous, sizes differing by 1 at most.

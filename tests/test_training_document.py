@@ -1,0 +1,52 @@
+"""docs/training.md: its commands parse, and its table of figures is what a run logs."""
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from test_telemetry import EXACT, make_run  # noqa: F401  (a fixture)
+
+from engram_lm.cli import parser
+from engram_lm.train.config import TrainConfig
+from engram_lm.train.journal import read_metrics
+
+PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+
+
+def test_every_command_is_one_that_parses():
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)).splitlines()
+    assert len(lines) >= 5
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        if program == "torchrun":
+            program, arguments = "engram", arguments[arguments.index("engram_lm") + 1 :]
+        assert program == "engram"
+        parser().parse_args(arguments)
+
+
+def test_every_setting_that_is_named_is_one():
+    for name in re.findall(r"`train\.(\w+)`", PAGE):
+        assert hasattr(TrainConfig(), name), name
+
+
+def test_every_figure_that_is_logged_is_explained(make_run, tmp_path):  # noqa: F811
+    run = make_run(tmp_path, replace(EXACT, evaluate_every=1))
+    run.step()
+    run.close()
+    explained = set()
+    group = ""
+    for cell in re.findall(r"^\| (`[^|]*) \|", PAGE, flags=re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", cell):
+            group = name.partition("/")[0] if "/" in name[1:] else group
+            explained.add(name if name[0] != "/" else group + name)
+    (line,) = read_metrics(tmp_path)
+    for name in line:
+        general = re.sub(r"(layer|table)_\d+", r"\1_1", name)
+        choices = {name, general, re.sub(r"/.*", "/…", general)}
+        assert choices & explained, name
+    optional = {"memory/gpu", "memory/gpu_peak"}
+    for name in explained - optional:
+        if name in PAGE.split("## What is logged")[1].split("## Stopping")[0]:
+            known = name.rstrip("…")
+            assert any(logged.startswith(known) for logged in line), name
