@@ -5,6 +5,7 @@ Section 4.1 of arXiv 2601.07372: Muon for matrices, Adam for the rest, tables Ad
 learning rate without weight decay.
 """
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ class Optimizers:
                 self.rows = RowwiseRMSprop(tables, table_lr, BETAS[1], seed=seed)
                 each["rowwise_rmsprop"] = self.rows
             else:
-                self.rows = RowAdam(tables, table_lr, BETAS, seed=seed)
+                self.rows = _row_adam()(tables, table_lr, BETAS, seed=seed)
                 each["row_adam"] = self.rows
         self.each = each
         self._base = {name: optimizer.param_groups[0]["lr"] for name, optimizer in each.items()}
@@ -185,3 +186,12 @@ class Optimizers:
         for name, optimizer in self.each.items():
             optimizer.load_state_dict(state[name])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+
+def _row_adam() -> type[RowAdam]:
+    """The compiled one, equal bit for bit, where numba is installed."""
+    if find_spec("numba") is None:
+        return RowAdam
+    from engram_lm.train.row_adam_numba import CompiledRowAdam
+
+    return CompiledRowAdam

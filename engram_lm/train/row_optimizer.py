@@ -4,11 +4,13 @@ moved and written, and what they need is kept per row.
 Shapes: U rows touched, E values per row.
 """
 
+import math
+import mmap
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +22,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SQUARE = "exp_avg_sq"
 """Name of the second moment; as in torch.optim.Adam."""
 
-CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
-"""Values moved at a time: the space they take does not grow with the rows of a step."""
+CPU_BLOCK, GPU_BLOCK = 2**16, 2**24
+"""Values moved at a time: on a CPU they stay in its caches between being read and written, and
+nowhere does the space they take grow with the rows of a step."""
 
 
 class Move(NamedTuple):
@@ -112,24 +115,32 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return loss
 
     def _step(self, table: Table, gradient: RowGradient) -> None:
-        state, weight = self._state(table), table.weight
-        touched = self._touched_rows(table)
+        touched, state = self._touched_rows(table), self._state(table)
         state["step"] += 1
-        moved = torch.zeros((), device=weight.device)
+        squares = torch.zeros((), device=table.weight.device)
         for rows_U, gradient_UE in _blocks(gradient):
-            square_UE = state[SQUARE].index_select(0, rows_U)
-            touched -= _occupied(square_UE)
-            direction_UE, scale_UE, size = self._move(state, rows_U, gradient_UE, square_UE)
-            touched += _occupied(square_UE)
-            _write(state[SQUARE], rows_U, square_UE)
-            before_UE = weight.index_select(0, rows_U).to(square_UE.dtype)
-            values_UE = torch.addcdiv(before_UE, direction_UE, scale_UE, value=-size)
-            moved += torch.linalg.vector_norm(before_UE.sub_(values_UE)).square()
-            if weight.dtype == torch.bfloat16:
-                key = (self.seed, self.tables.index(table), int(state["step"]))
-                values_UE = round_to_bf16(values_UE, rows_U + table.first_row, key)
-            _write(weight, rows_U, values_UE)
-        self._update_rms[table] = (moved / max(1, gradient.values_UE.numel())).sqrt()
+            newly, squared = self._block(table, state, rows_U, gradient_UE)
+            touched += newly
+            squares += squared
+        self._update_rms[table] = (squares / max(1, gradient.values_UE.numel())).sqrt()
+
+    def _block(
+        self, table: Table, state: dict[str, Tensor], rows_U: Tensor, gradient_UE: Tensor
+    ) -> tuple[Tensor | int, Tensor | float]:
+        """Moves some rows: how many more have a second moment, and the sum of squared updates."""
+        weight = table.weight
+        square_UE = state[SQUARE].index_select(0, rows_U)
+        before = _occupied(square_UE)
+        direction_UE, scale_UE, size = self._move(state, rows_U, gradient_UE, square_UE)
+        state[SQUARE].index_copy_(0, rows_U, square_UE)
+        before_UE = weight.index_select(0, rows_U).to(square_UE.dtype)
+        values_UE = torch.addcdiv(before_UE, direction_UE, scale_UE, value=-size)
+        squares = torch.linalg.vector_norm(before_UE.sub_(values_UE)).square()
+        if weight.dtype == torch.bfloat16:
+            key = (self.seed, self.tables.index(table), int(state["step"]))
+            values_UE = round_to_bf16(values_UE, rows_U + table.first_row, key)
+        weight.index_copy_(0, rows_U, values_UE)
+        return _occupied(square_UE) - before, squares
 
     def _state(self, table: Table) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[table.weight]
@@ -161,17 +172,16 @@ def _blocks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
-    if like.device.type != "cpu":
+    values = math.prod(shape)
+    if like.device.type != "cpu" or not values or sys.platform == "win32":
         return torch.zeros(shape, dtype=dtype, device=like.device)
-    # torch.zeros writes every page; NumPy takes them zeroed from the system, as they are used.
-    return torch.from_numpy(np.zeros(shape, np.float64 if dtype == torch.float64 else np.float32))
+    # torch.zeros writes every page, and NumPy asks for pages of 2 MB, of which every one would soon
+    # hold a row; the system's own are zero, and take memory from when they are first used.
+    pages = mmap.mmap(-1, values * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _occupied(square_UE: Tensor) -> Tensor:
     """How many rows are not all zero."""
     # A product with ones is many times faster than a sum, a maximum or `any` along short rows.
     return torch.count_nonzero(square_UE @ square_UE.new_ones(square_UE.shape[1]))
-
-
-def _write(table: Tensor, rows_U: Tensor, values_UE: Tensor) -> None:
-    table.index_copy_(0, rows_U, values_UE)
