@@ -11,20 +11,15 @@ summary.
 import argparse
 import json
 import statistics
-import tempfile
 from collections import defaultdict
-from pathlib import Path
 
 import torch
+from arms import both_arms, speeds_in_turn
 from step_parts import watched
 
-from engram_lm.memory.canonical import CanonicalMap
-from engram_lm.studies.demo import ARMS, make_model
+from engram_lm.studies.demo import ARMS
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 from engram_lm.train.allocator import keep_freed_memory
-from engram_lm.train.config import TrainConfig
-from engram_lm.train.loop import Run
 
 
 def main() -> None:
@@ -34,28 +29,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     keep_freed_memory()
     record, warm, timed = Record("train_step"), 3, 10
-    steps = warm + arguments.steps + timed
-    config = TrainConfig(tokens=(steps + 1) * 4096, evaluate_every=10**6, checkpoint_every=10**6)
-    tokenizer = corpus.tokenizer()
-    canonical = CanonicalMap.from_tokenizer(tokenizer)
-    speeds: dict[str, list[float]] = {name: [] for name in ARMS}
-    with tempfile.TemporaryDirectory() as directory:
-        runs = {
-            name: Run(
-                make_model(preset, canonical, 0),
-                tokenizer,
-                config,
-                Path(directory) / preset,
-                training=corpus.stream("train", config.tokens + 1),
-                validation=corpus.stream("validation", 1000),
-            )
-            for name, preset in ARMS.items()
-        }
-        for step in range(warm + arguments.steps):
-            for name, run in runs.items():
-                speed = run.step()["tokens_per_second"]
-                if step >= warm:
-                    speeds[name].append(speed)
+    with both_arms(warm + arguments.steps + timed) as runs:
+        speeds = speeds_in_turn(runs, warm, arguments.steps)
         parts: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ARMS}
         for _ in range(timed):
             for name, run in runs.items():
@@ -63,8 +38,6 @@ def main() -> None:
                     run.step()
                 for part, value in milliseconds.items():
                     parts[name][part].append(value)
-        for run in runs.values():
-            run.close()
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     pairs = [e / m for e, m in zip(speeds["Engram"], speeds["MoE"], strict=True)]
     summary = {
