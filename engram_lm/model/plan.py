@@ -145,16 +145,17 @@ class Plan:
         parts = self.cluster.workers if sharded else 1
         gathered = 0
         if sharded:
-            # The root's own parameters, the block at work and the one gathered ahead of it.
+            # The root's own parameters, the block at work, its gradients, the block gathered ahead.
             each = [block.parameters for block in sizes.blocks]
-            gathered = sizes.dense - sum(each) + 2 * max(each)
+            gathered = sizes.dense - sum(each) + 3 * max(each)
         vectors = len(sizes.rows) * self.most_tokens * sizes.memory.memory_dim
         return {
             "table rows": shard * dim * state.weight,
             "row moments": shard * (dim * state.moments + state.row),
             "row gradients": self._gradient_rows * (dim * state.gradient + 8),
             "backbone weights": 4 * sizes.dense / parts,
-            "backbone gradients": 4 * sizes.dense / parts,
+            # Accumulated whole on every worker, and scattered in the last pass of the step.
+            "backbone gradients": 4 * sizes.dense / (parts if self.passes == 1 else 1),
             "backbone moments": sizes.dense_moments / parts,
             "blocks gathered": 4 * gathered,
             "vectors read": vectors * state.weight,
@@ -205,12 +206,13 @@ class Plan:
 
     @property
     def backbone_bytes(self) -> float:
-        """Through a worker's link in one pass, each way: float32, without the tables.
+        """Through a worker's link in a pass, each way: float32, without tables; the mean of a step.
 
-        fully_shard gathers parameters for the forward and the backward pass, and scatters
-        gradients; ddp reduces gradients, which is a scatter and a gather, once a step.
+        fully_shard gathers parameters for the forward and for the backward of each pass. Gradients
+        are reduced once a step: a scatter, and under ddp a gather behind it.
         """
-        times = 3.0 if self.job.backbone == "fully_shard" else 2 / self.passes
+        sharded = self.job.backbone == "fully_shard"
+        times = 2 + 1 / self.passes if sharded else 2 / self.passes
         return times * 4 * self.sizes.dense * (self.cluster.workers - 1) / self.cluster.workers
 
     @property

@@ -89,8 +89,8 @@ class MeasuredProfile:
         if not points:
             raise ConfigError("points={}: at least one size must have been measured")
         self.primes_LH = _primes(specification)
-        self.means = {size: points[size].rows_LH / points[size].batches for size in sorted(points)}
-        self.batches = {size: points[size].batches for size in sorted(points)}
+        self.points = {size: points[size] for size in sorted(points)}
+        self.means = {size: point.rows_LH / point.batches for size, point in self.points.items()}
 
     @property
     def sizes(self) -> tuple[int, ...]:
