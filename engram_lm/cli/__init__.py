@@ -7,7 +7,7 @@ One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside 
 import argparse
 import sys
 
-from engram_lm.cli import budget, data, demo, generate, info, rows, size, train
+from engram_lm.cli import budget, data, demo, generate, info, plan, rows, size, train
 from engram_lm.errors import EngramError
 
 VERBS = {
@@ -18,6 +18,7 @@ VERBS = {
     "rows": rows,
     "budget": budget,
     "size": size,
+    "plan": plan,
     "info": info,
 }
 

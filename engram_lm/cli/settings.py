@@ -39,18 +39,23 @@ def settings(pairs: list[str], accepted: tuple[str, ...]) -> dict[str, dict[str,
 
 def train_config(config: Any, changes: dict[str, Any]) -> Any:
     """A TrainConfig with some fields changed. ConfigError on unknown ones and other types."""
+    return changed_fields("train", config, changes)
+
+
+def changed_fields(group: str, config: Any, changes: dict[str, Any]) -> Any:
+    """A dataclass with some fields changed, which `--set` calls GROUP.FIELD; errors as above."""
     from dataclasses import fields
 
     names = {field.name: type(getattr(config, field.name)) for field in fields(config)}
     for name, value in changes.items():
         if name not in names:
-            raise ConfigError(f"train.{name}: unknown; accepted are {', '.join(names)}")
+            raise ConfigError(f"{group}.{name}: unknown; accepted are {', '.join(names)}")
         if isinstance(value, list):
             value = tuple(value)
         if names[name] is float and isinstance(value, int):
             value = float(value)
         if type(value) is not names[name]:
-            raise ConfigError(f"train.{name}={value!r}: {names[name].__name__} is needed")
+            raise ConfigError(f"{group}.{name}={value!r}: {names[name].__name__} is needed")
         changes[name] = value
     return replace(config, **changes)
 
