@@ -363,6 +363,7 @@ class EngramLMForCausalLM(EngramLMPreTrainedModel, EngramLMGenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """As EngramLMModel.forward; labels: (B, T) token ids, -100 where no loss is wanted.
 
+        The loss is the mean over labels, or their sum over `num_items_in_batch` where it is given.
         `generate` looks at these names to learn which inputs it may make and pass on.
         """
         outputs = self.model(
@@ -380,7 +381,7 @@ class EngramLMForCausalLM(EngramLMPreTrainedModel, EngramLMGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -1,0 +1,96 @@
+"""All updates of a model as one torch optimiser, for training loops that are not ours.
+
+`transformers.Trainer` and accelerate step one optimiser, schedule its `param_groups`, and save its
+`state_dict`. They clip by `.grad`, where rows have none, and clear gradients through the model,
+which does not reach rows either: so both are done here, inside `step`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram_lm.errors import ConfigError
+from engram_lm.train.optimizers import Optimizers, groups
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, table_lr_multiplier: float = 5.0, weight_decay: float = 0.1
+) -> list[dict[str, Any]]:
+    """Every trainable parameter once, as torch's optimisers take them: params, lr, weight_decay.
+
+    name: matrices (out, in) and stacks (experts, out, in), meant for Muon; others (embeddings, router,
+    norms, biases, convolution), meant for Adam; tables, meant for RowAdam. A table's gradient is not
+    in `.grad`: an optimiser that does not read `row_gradient` leaves its rows as they are.
+    """
+    found = groups(model)
+    sorted_by_update = {
+        "matrices": (found.matrices, lr, weight_decay),
+        "stacks": (found.stacks, lr, weight_decay),
+        "others": (found.others, lr, 0.0),
+        "tables": ([table.weight for table in found.tables], lr * table_lr_multiplier, 0.0),
+    }
+    return [
+        {"name": name, "params": params, "lr": rate, "weight_decay": decay}
+        for name, (params, rate, decay) in sorted_by_update.items()
+        if params
+    ]
+
+
+class JointOptimizer(torch.optim.Optimizer):
+    """Muon, Adam and row Adam as one; `step` first clips the joint norm of all gradients, rows too.
+
+    clip: that norm's limit, None for no limit. `norm`: what the last step found, a scalar.
+    Schedulers scale each group's own learning rate. Row gradients are used up by `step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        table_lr_multiplier: float = 5.0,
+        weight_decay: float = 0.1,
+        clip: float | None = 1.0,
+    ) -> None:
+        if clip is not None and not clip > 0:
+            raise ConfigError(f"clip={clip}: above 0, or None for no limit")
+        self.optimizers = Optimizers(
+            model, lr=lr, table_lr_multiplier=table_lr_multiplier, weight_decay=weight_decay
+        )
+        self.clip = float("inf") if clip is None else clip
+        self.norm: Tensor | None = None
+        super().__init__(self._groups(), {})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        # The very dictionaries that the optimisers read: a scheduler writes into them.
+        return [group for each in self.optimizers.each.values() for group in each.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clips, moves everything that has a gradient, and drops the row gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.norm = self.optimizers.clip(self.clip)
+        self.optimizers.step()
+        for table in self.optimizers.groups.tables:
+            table.row_gradient = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all gradients, those of rows too."""
+        super().zero_grad(set_to_none)
+        for table in self.optimizers.groups.tables:
+            table.row_gradient = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of each optimiser by its name: muon, stacked_muon, adam, row_adam."""
+        return self.optimizers.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.optimizers.load_state_dict(state_dict)
+        self.param_groups = self._groups()
