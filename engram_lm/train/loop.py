@@ -2,13 +2,14 @@
 
 A Run is stepped by its caller, so that a study can take turns between two models and the drift of
 the machine falls on both. Everything it leaves is in its directory: config.json, metrics.jsonl,
-tensorboard/, checkpoint.pt and, at the end, model/.
+tensorboard/, checkpoints/ and, at the end, model/.
 """
 
 import json
 import math
 import os
 import platform
+import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from engram_lm.errors import MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
 from engram_lm.model.modeling import EngramLMForCausalLM
@@ -31,6 +31,7 @@ from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
+from engram_lm.train.state import State
 from engram_lm.train.stream import Stream
 
 
@@ -67,10 +68,12 @@ class Run:
             table_lr_multiplier=config.table_lr_multiplier,
             weight_decay=config.weight_decay,
         )
+        self.state = State(model, self.optimizers)
         self.balancer = Balancer(model, config.balance_rate)
         self.step_number = 0
         self.seconds = 0.0
         """Spent in steps, validation and saving left out."""
+        self._saved: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
         self._resume(training)
         self._write_config()
@@ -103,7 +106,9 @@ class Run:
             "lr": config.lr * factor,
             "gradient_norm": norm.item(),
             "expert_load": load,
+            **self._saved,
         }
+        self._saved = {}
         seconds = time.perf_counter() - started
         self.seconds += seconds
         record["seconds"] = self.seconds
@@ -137,19 +142,16 @@ class Run:
         return {"validation_loss": total / len(losses), "validation_bpb": bits}
 
     def save_checkpoint(self) -> None:
-        """Everything that going on needs, atomically."""
+        """Everything that going on needs, atomically; time and size are logged a step later."""
         self._log.flush()
         os.fsync(self._log.fileno())
-        checkpoint.save(
-            self.out,
-            {
-                "identity": self._identity,
-                "step": self.step_number,
-                "seconds": self.seconds,
-                "model": self.model.state_dict(),
-                "optimizers": self.optimizers.state_dict(),
-            },
-        )
+        record = {
+            "identity": self._identity,
+            "step": self.step_number,
+            "seconds": self.seconds,
+        }
+        saved = checkpoint.save(self.out, self.state.tensors(), record)
+        self._saved = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes}
 
     def export(self) -> None:
         """The model in `out/model`, as from_pretrained reads it, with its tokenizer."""
@@ -172,18 +174,14 @@ class Run:
         memory = self.model.config.memory_config
         if memory is not None:
             self._identity["specification_sha256"] = memory.specification.digest
-        state = checkpoint.load(self.out, self._identity)
+        found = checkpoint.find(self.out, self._identity)
         metrics = self.out / "metrics.jsonl"
-        if state is None:
+        if found is None:
             metrics.write_text("")
             return
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:  # written by a version whose models had other tensors
-            reason = " ".join(str(error).split())
-            raise MismatchError(f"{self.out / checkpoint.FILE_NAME}: {reason}") from error
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.step_number, self.seconds = state["step"], state["seconds"]
+        self.state.load(found)
+        self.step_number, self.seconds = found.record["step"], found.record["seconds"]
+        print(f"going on from step {self.step_number} ({found.path})", file=sys.stderr)
         # Steps after the checkpoint will be taken, and logged, again.
         kept = [line for line in read_metrics(self.out) if line["step"] <= self.step_number]
         aside = metrics.with_suffix(".partial")
