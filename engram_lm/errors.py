@@ -4,7 +4,8 @@ EngramError
 |-- ConfigError      a field of a specification, preset or configuration cannot be used
 |-- AddressError     token ids, histories or masks that cannot be addressed
 |-- MismatchError    files that do not belong together: tokenizer, map, specification, weights
-`-- DataError        text, token or checkpoint files that are missing, damaged or too short
+|-- DataError        text, token or checkpoint files that are missing, damaged or too short
+`-- WorkerError      workers of one run that died, do not answer, or were started wrongly
 """
 
 
@@ -26,3 +27,7 @@ class MismatchError(EngramError):
 
 class DataError(EngramError):
     """Names the file or the request that cannot be served."""
+
+
+class WorkerError(EngramError):
+    """Names the worker that noticed, and what it waited for or was given."""

@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.train import corpus, initial
     from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.config import TrainConfig
-    from engram_lm.train.loop import Run, read_metrics, train
+    from engram_lm.train.journal import read_metrics
+    from engram_lm.train.loop import Run, train
     from engram_lm.train.shards import Shards
     from engram_lm.train.stream import Stream
 

@@ -41,6 +41,12 @@ class Memory:
         }
         return Pending(window, rows_LBTH, requests)
 
+    def serve(self, window: Window) -> "Pending":
+        """Asks every layer for no row; of tables that workers share, the others' are answered."""
+        none_LBTH = self.addresses.window_rows(window)[:, :0]
+        requests = {layer: self._request(layer, none_LBTH.flatten()) for layer in self.stores}
+        return Unread(window, none_LBTH, requests)
+
     def _request(self, layer: int, rows_M: Tensor) -> Request:
         store = self.stores[layer]
         if isinstance(store, Table):
@@ -60,7 +66,20 @@ class Pending:
     def wait(self, layer: int) -> Tensor:
         """Vectors of one layer, (B, T, H * E): its rows side by side, order-major."""
         values_ME = self.requests[layer].wait()
-        return values_ME.view(*self.rows_LBTH.shape[1:3], -1)
+        _, sequences, tokens, heads = self.rows_LBTH.shape
+        return values_ME.view(sequences, tokens, heads * values_ME.shape[1])
+
+
+class Unread(Pending):
+    """No rows at all: each layer gets zeros. Their backward pass gives no gradient, but it runs:
+    workers give gradients back in company.
+    """
+
+    def wait(self, layer: int) -> Tensor:
+        """Zeros, (B, T, H * E) of the window."""
+        values_0E = self.requests[layer].wait()
+        width = self.rows_LBTH.shape[3] * values_0E.shape[1]
+        return values_0E.sum().expand(len(self.window.ids_BW), self.window.tokens, width)
 
 
 class _Gather:

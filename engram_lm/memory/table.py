@@ -6,6 +6,9 @@ by clip_grad_norm_ and made dense by DDP. So the gradient never goes there: the 
 leaves the touched rows here, merged, and the row optimiser takes them.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +22,20 @@ class RowGradient(NamedTuple):
 
     rows_U: Tensor
     values_UE: Tensor
+
+    @classmethod
+    def of(cls, rows_M: Tensor, values_ME: Tensor) -> "RowGradient":
+        """Of rows in any order, repeats summed in the order given."""
+        merged = Merged.of(rows_M)
+        return cls(merged.rows_U, merged.sum(values_ME))
+
+    @classmethod
+    def sum(cls, gradients: Sequence["RowGradient"]) -> "RowGradient":
+        """Of all of them; the same bits for the same order."""
+        return cls.of(
+            torch.cat([gradient.rows_U for gradient in gradients]),
+            torch.cat([gradient.values_UE for gradient in gradients]),
+        )
 
 
 class Request(Protocol):
@@ -46,6 +63,19 @@ class Merged(NamedTuple):
         return values_UE.index_add_(0, self.position_M, values_ME)
 
 
+_UNALLOCATED: ContextVar[bool] = ContextVar("tables without memory", default=False)
+
+
+@contextmanager
+def unallocated() -> Iterator[None]:
+    """Inside, tables are made with a shape and no memory, for `shard_tables` to give them some."""
+    token = _UNALLOCATED.set(True)
+    try:
+        yield
+    finally:
+        _UNALLOCATED.reset(token)
+
+
 class Table(nn.Module):
     """`rows` rows of `dim` values as a parameter, and a RowStore over it.
 
@@ -61,6 +91,7 @@ class Table(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        device = "meta" if _UNALLOCATED.get() else device
         self.weight = nn.Parameter(torch.empty(rows, dim, dtype=dtype, device=device))
         self.row_gradient: RowGradient | None = None
         self.reset_parameters()
@@ -92,15 +123,12 @@ class Table(nn.Module):
 
     def accumulate(self, rows_M: Tensor, values_ME: Tensor) -> None:
         """Adds the gradient of these rows, repeats summed, to what earlier backward passes left."""
-        merged = Merged.of(rows_M)
-        self.add_gradient(RowGradient(merged.rows_U, merged.sum(values_ME)))
+        self.add_gradient(RowGradient.of(rows_M, values_ME))
 
     def add_gradient(self, gradient: RowGradient) -> None:
         """The same for rows that are distinct and ascending."""
         if self.row_gradient is not None:
-            merged = Merged.of(torch.cat([self.row_gradient.rows_U, gradient.rows_U]))
-            values_ME = torch.cat([self.row_gradient.values_UE, gradient.values_UE])
-            gradient = RowGradient(merged.rows_U, merged.sum(values_ME))
+            gradient = RowGradient.sum([self.row_gradient, gradient])
         self.row_gradient = gradient
 
     def extra_repr(self) -> str:

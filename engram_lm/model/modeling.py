@@ -180,6 +180,7 @@ class EngramLMModel(EngramLMPreTrainedModel):
             convs = [module for module in self.modules() if isinstance(module, ShortConv)]
             self.keep = max([memory.specification.lookback, *(conv.reach for conv in convs)])
         self._without_memory = False
+        self._serving = False
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -191,6 +192,16 @@ class EngramLMModel(EngramLMPreTrainedModel):
             yield
         finally:
             self._without_memory = False
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, no row is read either, but memory adds what it makes of zeros, and rows of tables
+        that workers share are there for the others: the part of one that has no tokens."""
+        self._serving = True
+        try:
+            yield
+        finally:
+            self._serving = False
 
     @property
     def reads_memory(self) -> bool:
@@ -313,7 +324,8 @@ class EngramLMModel(EngramLMPreTrainedModel):
         window = memory.addresses.open(token_ids, None, padding, masked, starts, lookback=lookback)
         if state is not None:
             window = state.open(window)
-        return Reading(memory.start_window(window), _kept(padding, masked), state)
+        pending = memory.serve(window) if self._serving else memory.start_window(window)
+        return Reading(pending, _kept(padding, masked), state)
 
 
 def _kept(padding: Tensor | None, masked: Tensor | None) -> Tensor | None:

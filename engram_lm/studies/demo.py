@@ -23,7 +23,9 @@ from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.model.presets import preset
 from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
-from engram_lm.train.loop import Run, machine, read_metrics, train
+from engram_lm.train.journal import read_metrics
+from engram_lm.train.loop import Run, train
+from engram_lm.train.provenance import machine
 from engram_lm.train.stream import Continuous
 
 ARMS = {"MoE": "nano-moe", "Engram": "nano-engram"}

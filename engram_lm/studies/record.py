@@ -3,14 +3,13 @@
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engram_lm.train.loop import machine
+from engram_lm.train.provenance import commit, machine
 
 
 class Record:
@@ -41,17 +40,3 @@ class Record:
         aside = self.path.with_suffix(".partial")
         aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         os.replace(aside, self.path)
-
-
-def commit() -> str:
-    """The commit checked out, marked if files differ from it; "unknown" without git."""
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()

@@ -7,22 +7,33 @@ arXiv 2408.15664, used by the paper's backbones. No auxiliary loss, no gradient.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from engram_lm.model.modeling import EngramLMForCausalLM
 
 
 class Balancer:
-    """Counts what every router of a model chooses in training, and moves its bias; not a frozen
-    router's."""
+    """Counts what every router of a model chooses in training, and moves its bias; frozen routers
+    keep theirs.
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
-        self.rate = rate
-        routers = [m for m in model.modules() if isinstance(m, DeepseekV3TopkRouter)]
-        self.routers = [router for router in routers if router.weight.requires_grad]
-        self.loads: list[Tensor | None] = [None] * len(self.routers)
+    Shapes: L routers, E experts of each.
+    """
+
+    def __init__(self, model: EngramLMForCausalLM, rate: float) -> None:
+        self.rate, self.experts = rate, model.config.n_routed_experts
+        self.routers: dict[int, DeepseekV3TopkRouter] = {
+            layer: module
+            for layer, block in enumerate(model.model.layers)
+            for module in block.modules()
+            if isinstance(module, DeepseekV3TopkRouter) and module.weight.requires_grad
+        }
+        """By layer."""
+        self.device = model.device
+        self.loads_LE = self._nothing()
         self._hooks = [
             router.register_forward_hook(self._counter(index))
-            for index, router in enumerate(self.routers)
+            for index, router in enumerate(self.routers.values())
         ]
 
     def close(self) -> None:
@@ -31,23 +42,25 @@ class Balancer:
             hook.remove()
 
     @torch.no_grad()
-    def step(self) -> float:
-        """Moves the biases by `rate`; returns an expert's largest load over the mean (1: even)."""
-        worst = 1.0 if not self.routers else 0.0
-        for index, router in enumerate(self.routers):
-            load = self.loads[index]
-            if load is not None:
-                direction = torch.sign(load.float().mean() - load)
-                router.e_score_correction_bias.add_(direction, alpha=self.rate)
-                worst = max(worst, float(load.max() / load.float().mean()))
-            self.loads[index] = None
-        return worst
+    def step(self) -> Tensor:
+        """Moves the biases by `rate`; returns how often each expert was chosen since the last
+        call, (L, E) int64.
+        """
+        loads_LE, self.loads_LE = self.loads_LE, self._nothing()
+        for router, load_E in zip(self.routers.values(), loads_LE, strict=True):
+            direction_E = torch.sign(load_E.float().mean() - load_E)
+            router.e_score_correction_bias.add_(direction_E, alpha=self.rate)
+        return loads_LE
+
+    def _nothing(self) -> Tensor:
+        shape = (len(self.routers), self.experts)
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def _counter(self, index: int) -> Any:
         def count(router: DeepseekV3TopkRouter, inputs: Any, outputs: Any) -> None:
             if router.training:
-                load = torch.bincount(outputs[2].reshape(-1), minlength=router.num_experts)
-                earlier = self.loads[index]
-                self.loads[index] = load if earlier is None else earlier + load
+                chosen = outputs[2].reshape(-1)
+                # Not bincount, which on a GPU waits for the largest value.
+                self.loads_LE[index].index_add_(0, chosen, torch.ones_like(chosen))
 
         return count

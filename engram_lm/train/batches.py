@@ -32,6 +32,16 @@ class Batch(NamedTuple):
             None if positions_BT is None else positions_BT.to(device, non_blocking=True),
         )
 
+    def split(self, parts: int) -> "list[Batch]":
+        """Its sequences in micro-batches, as even as they go; an empty one where there are fewer
+        sequences than parts.
+        """
+        tensors = (self.inputs_BT, self.targets_BT, self.positions_BT)
+        split = [
+            [None] * parts if tensor is None else tensor.tensor_split(parts) for tensor in tensors
+        ]
+        return [Batch(*each) for each in zip(*split, strict=True)]
+
 
 class Batches:
     """Windows of context + 1 tokens, one after another, in an order drawn anew for each pass.
@@ -58,6 +68,11 @@ class Batches:
         known = [row for row in starts if row is not None]
         positions = torch.from_numpy(packed_positions(np.stack(known))) if known else None
         return Batch(tokens[:, :-1], tokens[:, 1:], positions)
+
+    def text_bytes(self, step: int) -> float:
+        """Bytes of UTF-8 text that a step's targets stand for."""
+        firsts = [self._first(step * self.batch + index) for index in range(self.batch)]
+        return sum(self.stream.text_bytes(at + 1, at + self.context + 1) for at in firsts)
 
     def _first(self, number: int) -> int:
         passes, index = divmod(number, self.windows)

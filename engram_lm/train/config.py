@@ -13,6 +13,8 @@ class TrainConfig:
     """To train on, counted with repeats; cut down to whole steps."""
     batch: int = 32
     """Sequences per step."""
+    micro_batches: int = 1
+    """Parts in which a worker takes its sequences of a step, one after another: less memory."""
     context: int = 128
     """Tokens per sequence."""
     seed: int = 0
@@ -43,9 +45,14 @@ class TrainConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("batch", "context", "evaluate_every", "validation_tokens", "checkpoint_every"):
+        counts = ("batch", "micro_batches", "context", "evaluate_every", "validation_tokens")
+        for name in (*counts, "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        if self.batch < self.micro_batches:
+            raise ConfigError(
+                f"micro_batches={self.micro_batches}: at most batch={self.batch}, a sequence each"
+            )
         for name in ("lr", "table_lr_multiplier", "clip", "decay_factor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: above 0")

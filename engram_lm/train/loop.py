@@ -7,32 +7,33 @@ tensorboard/, checkpoint.pt and, at the end, model/.
 
 import json
 import math
-import os
-import platform
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
 from engram_lm.model.modeling import EngramLMForCausalLM
-from engram_lm.train import checkpoint
+from engram_lm.train import checkpoint, telemetry
 from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
+from engram_lm.train.console import Display
 from engram_lm.train.freeze import freeze
+from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
+from engram_lm.train.provenance import command, commit, machine
+from engram_lm.train.stopping import Stopping
 from engram_lm.train.stream import Stream
+from engram_lm.train.telemetry import Telemetry
 
 
 class Run:
@@ -52,8 +53,6 @@ class Run:
         training: Stream,
         validation: Stream,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an extra: only training needs it
-
         self.model, self.tokenizer, self.config, self.out = model, tokenizer, config, out
         self.validation = validation
         model.set_attn_implementation(config.attention)
@@ -70,14 +69,14 @@ class Run:
             weight_decay=config.weight_decay,
         )
         self.balancer = Balancer(model, config.balance_rate)
+        self.telemetry = Telemetry(model)
         self.step_number = 0
         self.seconds = 0.0
         """Spent in steps, validation and saving left out."""
         out.mkdir(parents=True, exist_ok=True)
         self._resume(training)
-        self._write_config()
-        self._log = (out / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step_number)
+        self.journal = Journal(out, self.step_number)
+        self._describe()
 
     @property
     def done(self) -> bool:
@@ -88,40 +87,62 @@ class Run:
         config, model = self.config, self.model
         started = time.perf_counter()
         model.train()
-        batch = self.batches[self.step_number].to(model.device)
-        loss = self.objective(batch, self.autocast)
-        loss.backward()
+        loss = self._backward()
         factor = config.factor(self.step_number)
         self.optimizers.set_factor(factor)
         norm = self.optimizers.clip(config.clip)
         self.optimizers.step()
         self.optimizers.zero_grad()
-        load = self.balancer.step()
+        loads_LE = self.balancer.step()
+        norms = self.optimizers.gradient_norms
+        found = telemetry.read(
+            {"loss": loss, "gradient_norm": norm, "loads": loads_LE}
+            | {"gates": self.telemetry.take()}
+            | {f"gradient_norm/{name}": value for name, value in norms.items()}
+        )
+        seconds = time.perf_counter() - started
+        text_bytes = self.batches.text_bytes(self.step_number)
         self.step_number += 1
+        self.seconds += seconds
+        tokens = config.batch * config.context
+        ((loss_nats,), loads, gates) = (found.pop(name) for name in ("loss", "loads", "gates"))
         record = {
             "step": self.step_number,
-            "tokens": self.step_number * config.batch * config.context,
-            "loss": loss.item(),
+            "tokens": self.step_number * tokens,
+            "loss": loss_nats,
+            "bpb": loss_nats * tokens / math.log(2) / text_bytes,
             "lr": config.lr * factor,
-            "gradient_norm": norm.item(),
-            "expert_load": load,
+            **{name: value for name, (value,) in found.items()},
+            **telemetry.load_figures(self.balancer.routers, loads),
+            **telemetry.gate_figures(self.telemetry.gates, self.telemetry.streams, gates),
+            **telemetry.memory_figures(model.device),
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / seconds,
         }
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        record["seconds"] = self.seconds
-        record["tokens_per_second"] = config.batch * config.context / seconds
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(f"loss is {record['loss']} at step {self.step_number}")
         if self.step_number % config.evaluate_every == 0 and not self.done:
             record |= self.validate(config.validation_tokens)
         if self.done:
             record |= self.validate(len(self.validation))
-        self._write(record)
+        self.journal.write(record)
         if self.done or self.step_number % config.checkpoint_every == 0:
             self.save_checkpoint()
         if self.done:
             self.export()
         return record
+
+    def _backward(self) -> Tensor:
+        """Leaves the step's gradient with parameters and tables; returns its loss, nats a token."""
+        batch = self.batches[self.step_number]
+        total = torch.zeros((), device=self.model.device)
+        for part in batch.split(self.config.micro_batches):
+            # Weighted by tokens: parts of unequal size count for what is in them.
+            share = part.targets_BT.numel() / batch.targets_BT.numel()
+            loss = self.objective(part.to(self.model.device), self.autocast) * share
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def validate(self, tokens: int) -> dict[str, float]:
         """Loss on about `tokens` validation tokens, the first, in nats a token and bits a byte."""
@@ -140,8 +161,7 @@ class Run:
 
     def save_checkpoint(self) -> None:
         """Everything that going on needs, atomically."""
-        self._log.flush()
-        os.fsync(self._log.fileno())
+        self.journal.sync()
         checkpoint.save(
             self.out,
             {
@@ -160,10 +180,10 @@ class Run:
         self.tokenizer.save_pretrained(self.out / "model")
 
     def close(self) -> None:
-        """Ends the log; the model is left without hooks."""
-        self._log.close()
-        self._board.close()
+        """Ends the logs; the model is left without hooks."""
+        self.journal.close()
         self.balancer.close()
+        self.telemetry.close()
 
     def _resume(self, training: Stream) -> None:
         self._identity = {
@@ -175,9 +195,7 @@ class Run:
         if memory is not None:
             self._identity["specification_sha256"] = memory.specification.digest
         state = checkpoint.load(self.out, self._identity)
-        metrics = self.out / "metrics.jsonl"
         if state is None:
-            metrics.write_text("")
             return
         try:
             self.model.load_state_dict(state["model"])
@@ -186,80 +204,38 @@ class Run:
             raise MismatchError(f"{self.out / checkpoint.FILE_NAME}: {reason}") from error
         self.optimizers.load_state_dict(state["optimizers"])
         self.step_number, self.seconds = state["step"], state["seconds"]
-        # Steps after the checkpoint will be taken, and logged, again.
-        kept = [line for line in read_metrics(self.out) if line["step"] <= self.step_number]
-        aside = metrics.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(aside, metrics)
 
-    def _write_config(self) -> None:
-        record = {
-            **self._identity,
-            "ledger": ledger(self.model.config, self.config.context).to_dict(),
+    def _describe(self) -> None:
+        counts = ledger(self.model.config, self.config.context).to_dict()
+        start = {
+            "step": self.step_number,
+            "commit": commit(),
+            "command": command(),
             "machine": machine(),
         }
-        aside = self.out / "config.partial"
-        aside.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(aside, self.out / "config.json")
-
-    def _write(self, record: dict[str, float]) -> None:
-        self._log.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "tokens"):
-                self._board.add_scalar(name, value, record["step"])
+        self.journal.describe({**self._identity, "ledger": counts}, start)
 
 
 def train(runs: list[Run], names: list[str]) -> None:
-    """Steps the runs in turn until all are done, with a progress bar each."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks = [
-            progress.add_task(name, total=run.config.steps, completed=run.step_number, note="")
-            for name, run in zip(names, runs, strict=True)
-        ]
-        notes = [""] * len(runs)
+    """Steps the runs in turn until all are done, showing the progress of each.
+
+    On SIGTERM, or on Ctrl-C, saves all between two steps and raises SystemExit: status 143, 130.
+    """
+    steps = [run.config.steps for run in runs]
+    done = [run.step_number for run in runs]
+    console = Console(stderr=True)
+    with Stopping() as stopping, Display(names, steps, done, console) as display:
         while not all(run.done for run in runs):
+            if stopping.due():
+                break
             for index, run in enumerate(runs):
-                if run.done:
-                    continue
-                record = run.step()
-                if "validation_bpb" in record:
-                    notes[index] = f"  bpb {record['validation_bpb']:.3f}"
-                note = f"loss {record['loss']:.3f}{notes[index]}"
-                note += f"  {record['tokens_per_second'] / 1000:.1f}k tok/s"
-                progress.update(tasks[index], completed=run.step_number, note=note)
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def machine() -> dict[str, str | int]:
-    """Where this runs, and with which versions."""
-    names = ("torch", "transformers", "tokenizers", "numpy", "engram-lm")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+                if not run.done:
+                    display.show(index, run.step())
+        else:
+            return
+        for run in runs:
+            run.save_checkpoint()
+            run.close()
+    at = ", ".join(f"step {run.step_number} of {run.config.steps} in {run.out}" for run in runs)
+    console.print(f"asked to stop: saved at {at}; the same command goes on", soft_wrap=True)
+    raise SystemExit(stopping.status)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 from engram_lm.memory.table import Table
@@ -61,6 +60,12 @@ class Optimizers:
         self, model: nn.Module, *, lr: float, table_lr_multiplier: float, weight_decay: float
     ) -> None:
         self.groups = groups(model)
+        self.table_names = {
+            module: f"table_{name.rpartition('.')[2]}"  # the last part is its layer
+            for name, module in model.named_modules()
+            if isinstance(module, Table)
+        }
+        self.gradient_norms: dict[str, Tensor] = {}
         each: dict[str, torch.optim.Optimizer] = {}
         if self.groups.matrices:
             each["muon"] = torch.optim.Muon(
@@ -85,21 +90,31 @@ class Optimizers:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scales all gradients, rows too, to a joint norm of at most max_norm; returns the norm."""
+        """Scales all gradients, rows too, to a joint norm of at most max_norm; returns the norm.
+
+        `gradient_norms` has the norms before scaling, by group and by table.
+        """
         gradients = self._gradients()
-        norm = get_total_norm(gradients)
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        norms = {name: torch._foreach_norm(each) for name, each in gradients.items() if each}
+        norm = torch.linalg.vector_norm(torch.stack([n for each in norms.values() for n in each]))
+        self.gradient_norms = {
+            name: torch.linalg.vector_norm(torch.stack(each)) for name, each in norms.items()
+        }
+        flat = [gradient for each in gradients.values() for gradient in each]
+        torch._foreach_mul_(flat, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _gradients(self) -> list[Tensor]:
-        parameters = [*self.groups.matrices, *self.groups.stacks, *self.groups.others]
-        dense = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        rows = [
-            table.row_gradient.values_UE
+    def _gradients(self) -> dict[str, list[Tensor]]:
+        dense = {
+            name: [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for name, parameters in zip(self.groups._fields[:3], self.groups[:3], strict=True)
+        }
+        rows = {
+            self.table_names[table]: [table.row_gradient.values_UE]
             for table in self.groups.tables
             if table.row_gradient is not None
-        ]
-        return [*dense, *rows]
+        }
+        return dense | rows
 
     def step(self) -> None:
         for optimizer in self.each.values():

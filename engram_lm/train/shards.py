@@ -186,6 +186,18 @@ class Split:
             parts[-1][found - a] = True
         return np.concatenate(parts)
 
+    def text_bytes(self, first: int, last: int) -> float:
+        size = 0.0
+        for packed, a, b in self._stretches(first, last):
+            # Documents that the stretch touches; the first may begin before it.
+            starts_D = packed.starts_D
+            low = int(np.searchsorted(starts_D, a, side="right")) - 1
+            high = int(np.searchsorted(starts_D, b))
+            edges = np.append(starts_D[low : high + 1], len(packed.ids_T))[: high - low + 1]
+            inside = np.minimum(edges[1:], b) - np.maximum(edges[:-1], a)
+            size += float((packed.bytes_D[low:high] * inside / np.diff(edges)).sum())
+        return size
+
     def judged(self, tokens: int) -> tuple[int, int]:
         """Whole documents, because only their bytes are known whatever the tokenizer: as many as it
         takes to have `tokens`."""

@@ -26,6 +26,11 @@ class Stream(Protocol):
     def starts(self, first: int, last: int) -> Starts | None:
         """True where a document starts; None: documents run on into one another."""
 
+    def text_bytes(self, first: int, last: int) -> float:
+        """Bytes of UTF-8 text that ids `first` to `last` - 1 stand for. Where only a document's are
+        known, each of its tokens has an equal share of them.
+        """
+
     def judged(self, tokens: int) -> tuple[int, int]:
         """How many ids to judge a model by when about `tokens` are wanted, and the bytes of UTF-8
         text that all but the first stand for."""
@@ -49,6 +54,9 @@ class Continuous:
 
     def starts(self, first: int, last: int) -> None:
         return None
+
+    def text_bytes(self, first: int, last: int) -> float:
+        return float(self.token_bytes_V[self.ids_T[first:last]].sum())
 
     def judged(self, tokens: int) -> tuple[int, int]:
         ids_T = self.ids_T[:tokens]
