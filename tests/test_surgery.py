@@ -19,7 +19,7 @@ from engram_lm.model import EngramLMForCausalLM, contents
 from engram_lm.model.surgery import give_memory, readdress
 from engram_lm.train import corpus
 from engram_lm.train.freeze import freeze
-from engram_lm.train.loop import read_metrics
+from engram_lm.train.journal import read_metrics
 from engram_lm.train.optimizers import Optimizers, groups
 
 IDS = torch.randint(2, VOCABULARY, (3, 29), generator=torch.Generator().manual_seed(3))

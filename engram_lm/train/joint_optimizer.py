@@ -20,9 +20,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Every trainable parameter once, as torch's optimisers take them: params, lr, weight_decay.
 
-    name: matrices (out, in) and stacks (experts, out, in), meant for Muon; others (embeddings, router,
-    norms, biases, convolution), meant for Adam; tables, meant for RowAdam. A table's gradient is not
-    in `.grad`: an optimiser that does not read `row_gradient` leaves its rows as they are.
+    name: matrices (out, in) and stacks (experts, out, in), meant for Muon; others (embeddings,
+    router, norms, biases, convolution), meant for Adam; tables, meant for RowAdam. A table's
+    gradient is not in `.grad`: an optimiser that does not read `row_gradient` leaves its rows.
     """
     found = groups(model)
     sorted_by_update = {

@@ -6,15 +6,19 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from engram_lm.errors import ConfigError
+from engram_lm.memory.table import Table
 from engram_lm.train.balance import Balancer
+from engram_lm.train.sharded_table import ShardedTable
+from engram_lm.train.workers import Workers
 
 
 class EngramCallback(TrainerCallback):
     """Balances the router after each step, and refuses what would treat rows wrongly.
 
     balance_rate: how far a routing bias moves per step; the bias is saved with the model.
-    ConfigError at the start of training for max_grad_norm above 0, which clips all gradients but
-    those of rows (JointOptimizer's clip is for both), and for fp16, whose scaler does not see them.
+    ConfigError at the start of training: for max_grad_norm above 0, which clips all gradients but
+    those of rows (JointOptimizer's clip is for both); for fp16, whose scaler does not see them; for
+    several workers without `replicate_tables`; for an optimiser that has not all tables.
     """
 
     def __init__(self, balance_rate: float = 1e-3) -> None:
@@ -26,7 +30,8 @@ class EngramCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Starts counting what routers choose."""
@@ -37,13 +42,14 @@ class EngramCallback(TrainerCallback):
             )
         if args.fp16:
             raise ConfigError("fp16=True: its scaler does not see the gradients of rows; set bf16")
-        assert model is not None
-        self.balancer = Balancer(model, self.balance_rate)
+        _check_tables(model, optimizer, args.world_size)
+        workers = Workers(args.process_index, args.world_size, model.device)
+        self.balancer = Balancer(model, self.balance_rate, workers)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Moves the routing biases."""
+        """Moves the routing biases by the loads of all workers."""
         assert self.balancer is not None
         self.balancer.step()
 
@@ -54,3 +60,20 @@ class EngramCallback(TrainerCallback):
         if self.balancer is not None:
             self.balancer.close()
             self.balancer = None
+
+
+def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, table in model.named_modules():
+        if not isinstance(table, Table):
+            continue
+        if workers > 1 and not isinstance(table, ShardedTable):
+            raise ConfigError(
+                f"{name}: each of {workers} workers would train rows of its own; call "
+                "replicate_tables(model) before the optimiser is made"
+            )
+        if table.weight.requires_grad and id(table.weight) not in held:
+            raise ConfigError(
+                f"{name}: not in the optimiser, so its rows would stay as they are; make "
+                "JointOptimizer of this model, after replicate_tables, or freeze the table"
+            )
