@@ -312,8 +312,8 @@ class Plan:
         strain, waits, job = self.strain[first], self.waits, self.job
         saying = {
             "memory": (
-                f"memory: {size_text(sum(self.memory.values()))} of the "
-                f"{size_text(self.cluster.memory * (1 - job.free))} that may be used"
+                f"memory: {size_text(sum(self.memory.values()))} where "
+                f"{size_text(self.cluster.memory * (1 - job.free))} may be used"
             ),
             "rows": (
                 f"the links, by table rows: {time_text(waits.rows + waits.gradients)} of waiting "
