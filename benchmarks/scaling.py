@@ -40,6 +40,8 @@ CONTEXT, TOKENS = 4_096, 1280 * 4_096
 WORKERS = (64, 128, 256, 512)
 SEQUENCES = tuple(2**power for power in range(11))
 """Per worker batch: 4,096 tokens to 4.2 million."""
+ROWS = 2_262_400
+"""Per head of engram_27b, where the figure's law has n-grams share rows."""
 FITTED = (16, 64, 256)
 """Sequences per batch that Zipf's exponents are fitted to: 65,536 tokens to a million."""
 
@@ -178,7 +180,8 @@ def _figure(shares: Mapping[int, Mapping[str, float]], exponents: Mapping[int, f
             points = sorted((int(size), share) for size, share in found.items())
             sizes, values = zip(*points, strict=True)
             axes.plot(sizes, values, color=colour, marker=marker, markersize=4.5, linewidth=1.4)
-            law = [zipf_distinct(exponents[order], size) / size for size in sizes]
+            ngrams = np.array([zipf_distinct(exponents[order], size) for size in sizes])
+            law = -ROWS * np.expm1(ngrams * np.log1p(-1 / ROWS)) / sizes
             axes.plot(sizes, law, color=colour, linestyle="--", linewidth=1)
             axes.annotate(
                 f"{order}-grams",

@@ -191,6 +191,8 @@ def _overview(plans: Sequence[Plan]) -> Grid:
 
 def _lines(plan: Plan) -> dict[str, dict[str, str]]:
     """Section -> line -> what it says of one plan."""
+    from engram_lm.model.units import size_text, time_text
+
     waits, found = plan.waits, plan.exchanges()
     busiest = {
         kind: sum(layers[index].busiest_bytes for layers in found.values())
@@ -200,8 +202,8 @@ def _lines(plan: Plan) -> dict[str, dict[str, str]]:
     messages = sum(exchange.messages for layers in found.values() for exchange in layers)
     arrivals = {}
     for layer, seconds in waits.before.items():
-        arrivals[f"layer {layer} needs rows at"] = _time(seconds)
-        arrivals[f"  layer {layer} has them at"] = _time(waits.arrive[layer])
+        arrivals[f"layer {layer} needs rows at"] = time_text(seconds)
+        arrivals[f"  layer {layer} has them at"] = time_text(waits.arrive[layer])
     return {
         "work": {
             "passes a step": f"{plan.passes:,}",
@@ -209,43 +211,30 @@ def _lines(plan: Plan) -> dict[str, dict[str, str]]:
             **{f"rows of layer {layer}": f"{rows:,}" for layer, rows in plan.shard.items()},
         },
         "memory": {
-            **{part: _size(size) for part, size in plan.memory.items()},
-            "memory in all": _size(sum(plan.memory.values())),
+            **{part: size_text(size) for part, size in plan.memory.items()},
+            "memory in all": size_text(sum(plan.memory.values())),
         },
         "links": {
-            **{f"{kind} a pass": _size(size) for kind, size in busiest.items()},
-            "rows a pass, not merged": _size(unmerged),
-            "backbone a pass": _size(plan.backbone_bytes),
+            **{f"{kind} a pass": size_text(size) for kind, size in busiest.items()},
+            "rows a pass, not merged": size_text(unmerged),
+            "backbone a pass": size_text(plan.backbone_bytes),
             "messages a pass, to others": f"{messages // plan.cluster.workers:,}",
         },
         "time": {
             **arrivals,
-            "a pass computes for": _time(waits.compute),
-            "  and waits for rows": _time(waits.rows + waits.gradients),
-            "a step takes": _time(plan.step_seconds),
-            "a checkpoint": _size(plan.checkpoint_bytes),
-            "  takes": _time(plan.checkpoint_seconds),
+            "a pass computes for": time_text(waits.compute),
+            "  and waits for rows": time_text(waits.rows + waits.gradients),
+            "a step takes": time_text(plan.step_seconds),
+            "a checkpoint": size_text(plan.checkpoint_bytes),
+            "  takes": time_text(plan.checkpoint_seconds),
         },
         "strain": {f"strain: {part}": f"{strain:,.2f}" for part, strain in plan.strain.items()},
     }
 
 
-def _size(size: float) -> str:
-    return _scaled(size, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")))
-
-
-def _time(seconds: float) -> str:
-    return _scaled(seconds, ((1, "s"), (1e-3, "ms"), (1e-6, "us")))
-
-
-def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    scale, unit = next((each for each in units if value >= each[0]), units[-1])
-    return (
-        f"{value / scale:,.3g} {unit}" if value < 999.5 * scale else f"{value / scale:,.0f} {unit}"
-    )
-
-
 def _exchanges(plan: Plan) -> Grid:
+    from engram_lm.model.units import size_text
+
     grid = Grid(title=f"All-to-Alls of one pass, {plan.cluster.workers:,} workers together")
     grid.add_column("layer")
     grid.add_column("what")
@@ -255,12 +244,13 @@ def _exchanges(plan: Plan) -> Grid:
     for layer, found in plan.exchanges().items():
         for one, other in zip(found, unmerged[layer], strict=True):
             sizes = (one.bytes, one.link_bytes, other.bytes, other.link_bytes)
-            grid.add_row(str(layer), one.name, *map(_size, sizes), f"{one.messages:,}")
+            grid.add_row(str(layer), one.name, *map(size_text, sizes), f"{one.messages:,}")
     return grid
 
 
 def _row_states(plan: Plan) -> Grid:
     from engram_lm.model.cluster import ROW_STATES
+    from engram_lm.model.units import size_text
 
     grid = Grid(title="Tables under each row optimiser: weights and moments")
     grid.add_column("table_optimizer, table_dtype")
@@ -270,5 +260,5 @@ def _row_states(plan: Plan) -> Grid:
     for names, state in ROW_STATES.items():
         kept = (state.bytes(count, dim) for count in (rows, sum(plan.shard.values())))
         sizes = (state.weight + state.moments, state.row, *kept)
-        grid.add_row(", ".join(names), *map(_size, sizes))
+        grid.add_row(", ".join(names), *map(size_text, sizes))
     return grid

@@ -19,6 +19,7 @@ from engram_lm.model.cluster import Cluster, Job, RowState
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.row_profile import Profile
 from engram_lm.model.traffic import Exchange, exchanges, expected, owned
+from engram_lm.model.units import size_text, time_text
 
 
 class Waits(NamedTuple):
@@ -141,7 +142,7 @@ class Plan:
         """What is kept -> bytes; activations within a block and the logits are not among it."""
         state, sizes, job = self.state, self.sizes, self.job
         shard, dim = sum(self.shard.values()), sizes.memory.head_dim
-        sharded = job.backbone == "fully_shard"
+        sharded = job.backbone == "fully_shard" and self.cluster.workers > 1
         parts = self.cluster.workers if sharded else 1
         gathered = 0
         if sharded:
@@ -302,25 +303,29 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """One sentence: what breaks first, or comes nearest to it."""
+        """One sentence: what breaks first, or comes nearest to it.
+
+        Memory that does not suffice is first whatever else breaks: nothing runs then.
+        """
         first = max(self.strain, key=self.strain.__getitem__)
+        first = "memory" if self.strain["memory"] > 1 else first
         strain, waits, job = self.strain[first], self.waits, self.job
         saying = {
             "memory": (
-                f"memory: {sum(self.memory.values()) / 1e9:,.1f} GB of "
-                f"{self.cluster.memory * (1 - job.free) / 1e9:,.1f} GB that may be used"
+                f"memory: {size_text(sum(self.memory.values()))} where "
+                f"{size_text(self.cluster.memory * (1 - job.free))} may be used"
             ),
             "rows": (
-                f"the links, by table rows: {waits.rows + waits.gradients:.3g} s of waiting in a "
-                f"pass of {waits.compute:.3g} s"
+                f"the links, by table rows: {time_text(waits.rows + waits.gradients)} of waiting "
+                f"in a pass of {time_text(waits.compute)}"
             ),
             "backbone": (
                 f"the links, by the backbone's parameters ({job.backbone}): busy "
-                f"{waits.backbone:.3g} s longer than a pass of {waits.compute:.3g} s"
+                f"{time_text(waits.backbone)} longer than a pass of {time_text(waits.compute)}"
             ),
             "checkpoint": (
-                f"the checkpoint: {self.checkpoint_seconds:,.0f} s of writing every "
-                f"{job.every:,.0f} s"
+                f"the checkpoint: {time_text(self.checkpoint_seconds)} of writing every "
+                f"{time_text(job.every)}"
             ),
         }[first]
         breaks = "breaks first is" if strain > 1 else "is nearest to breaking, and holds, is"

@@ -21,7 +21,7 @@ from engram_lm.memory.specification import Specification
 
 Counts = npt.NDArray[np.float64]
 
-EXPONENTS = (1.25, 1.1, 1.05)
+EXPONENTS = (1.1, 1.04, 1.02)
 
 
 class Profile(Protocol):
