@@ -7,7 +7,8 @@ Rows are those of the corpus, or drawn uniformly over the table. Every page of t
 is written before the first step that counts. The aim is a step within 1.25 times the smallest
 table's; the optimiser's part is also given alone, and what memory the process took for each size
 beyond table and moments (for the first also what all share: libraries, text, space for a step).
-Sizes that the machine has no memory for are refused. Writes results/table_size.json, .svg and .png; the last line printed is the summary.
+Sizes that the machine has no memory for are refused. Writes results/table_size.json, .svg and
+.png; the last line printed is the summary.
 """
 
 import argparse
