@@ -6,8 +6,9 @@ One model a size, all in one process and in turn, so that the machine's drift fa
 Rows are those of the corpus, or drawn uniformly over the table. Every page of tables and moments
 is written before the first step that counts. The aim is a step within 1.25 times the smallest
 table's; the optimiser's part is also given alone, and what memory the process took for each size
-beyond table and moments. Sizes that the machine has no memory for are refused. Writes
-results/table_size.json, .svg and .png; the last line printed is the summary.
+beyond table and moments (for the first also what all share: libraries, text, space for a step).
+Sizes that the machine has no memory for are refused. Writes results/table_size.json, .svg and
+.png; the last line printed is the summary.
 """
 
 import argparse
@@ -207,6 +208,7 @@ def figure(sizes: list[Size]) -> Figure:
                 line,
                 color=colour,
                 marker=marker,
+                markerfacecolor="white" if optimizer else colour,
                 label=f"{'row optimiser' if optimizer else 'whole step'}, {draw}",
             )
     least = max(sizes[0].median(draw) for draw in DRAWS) * 1e3

@@ -30,6 +30,7 @@ _HOMES = {
     "RowAdam": "engram_lm.train.row_adam",
     "RowFormat": "engram_lm.memory.rows",
     "RowStore": "engram_lm.memory.rows",
+    "RowwiseRMSprop": "engram_lm.train.rowwise_rmsprop",
     "Specification": "engram_lm.memory.specification",
     "Table": "engram_lm.memory.table",
     "give_memory": "engram_lm.model.surgery",

@@ -75,6 +75,15 @@ def test_numbers_of_addressing_are_those_of_its_result():
     assert f"at {min(shares):.0%} to {max(shares):.0%} of the speed" in page
 
 
+def test_numbers_of_table_sizes_are_those_of_their_result():
+    result = json.loads((ROOT / "results" / "table_size.json").read_text())["summary"]
+    steps = [value for name, value in result.items() if name.endswith("_step_ratio")]
+    alone = [value for name, value in result.items() if name.endswith("_1e8_optimizer_ratio")]
+    page = (ROOT / "docs" / "how-it-works.md").read_text().replace("\n", " ")
+    assert f"at most {max(steps):.2f}x as long" in page
+    assert f"takes {min(alone):.1f}x to {max(alone):.1f}x as long with 1e8 rows" in page
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_every_result_says_how_it_was_made(path):
     record = json.loads(path.read_text())

@@ -31,8 +31,9 @@ def test_compiled_row_adam_equals_row_adam_bit_for_bit(dim, betas, dtype):
             optimizer.zero_grad()
         assert torch.equal(tables[0].weight, tables[1].weight)
         assert plain.touched() == compiled.touched()
-        # The same float32 differences, summed in float64 and in float32.
-        assert compiled.update_rms() == pytest.approx(plain.update_rms(), rel=1e-5)
+        # The same differences, summed in float64, and in float32 over at most 2^16 of them: an
+        # error of at most 2^16 roundings by 2^-24.
+        assert compiled.update_rms() == pytest.approx(plain.update_rms(), rel=2**-8)
     states = [plain.state[tables[0].weight], compiled.state[tables[1].weight]]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
