@@ -33,3 +33,17 @@ def test_the_parts_of_a_step_are_those_of_the_result():
     }
     found = table("Where the time goes")
     assert {part: cells[:2] for part, cells in found.items()} == wanted
+
+
+def test_the_allocators_figures_are_those_of_the_result():
+    summary = result("allocators")
+    cases = table("Allocator and denormals")
+    assert set(cases) == {
+        name.removeprefix("moe_").removesuffix("_over_glibc")
+        for name in summary
+        if name.startswith("moe_") and name.endswith("_over_glibc")
+    }
+    for case, cells in cases.items():
+        assert cells[:2] == [
+            f"{summary[f'{arm}_{case}_over_glibc']:.2f}" for arm in ("engram", "moe")
+        ]
