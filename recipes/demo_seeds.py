@@ -5,6 +5,7 @@
 Trains into runs/demo-seeds/SEED (about ten minutes a seed on two cores; goes on where it was
 interrupted) and writes results/demo.json. A seed sets the initial weights and the data's order;
 both arms of a seed see the same tokens in the same order. The last line printed is the summary.
+Faster with tcmalloc preloaded: docs/speed.md.
 """
 
 import argparse

@@ -29,7 +29,11 @@ class Memory:
     def start(
         self, token_ids_BT: Tensor, history_BH: Tensor | None = None, **masks: Any
     ) -> "Pending":
-        """Requests the rows of all layers and waits for none; arguments as for Addresses.rows."""
+        """Requests the rows of all layers and waits for none; arguments as for Addresses.rows.
+
+        A table may read values from here on, so the optimiser's last step must be done. What may
+        be known earlier, of the next batch, is row numbers and their merging.
+        """
         return self.start_window(self.addresses.open(token_ids_BT, history_BH, **masks))
 
     def start_window(self, window: Window) -> "Pending":
