@@ -2,11 +2,12 @@
 
 A Run is stepped by its caller, so that a study can take turns between two models and the drift of
 the machine falls on both. Everything it leaves is in its directory: config.json, metrics.jsonl,
-tensorboard/, checkpoint.pt and, at the end, model/.
+tensorboard/, checkpoints/ and, at the end, model/.
 """
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from engram_lm.errors import MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
 from engram_lm.model.modeling import EngramLMForCausalLM
@@ -31,6 +31,7 @@ from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
 from engram_lm.train.provenance import command, commit, machine
 from engram_lm.train.sharded_table import shard_tables
+from engram_lm.train.state import State
 from engram_lm.train.stopping import Stopping
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
@@ -78,11 +79,13 @@ class Run:
             table_lr_multiplier=config.table_lr_multiplier,
             weight_decay=config.weight_decay,
         )
+        self.state = State(model, self.optimizers)
         self.balancer = Balancer(model, config.balance_rate, self.workers)
         self.telemetry = Telemetry(model)
         self.step_number = 0
         self.seconds = 0.0
         """Spent in steps, validation and saving left out."""
+        self._saved: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
         self._resume(training)
         self.journal = Journal(out, self.step_number) if self.workers.main else None
@@ -117,7 +120,9 @@ class Run:
             "lr": config.lr * factor,
             "seconds": self.seconds,
             "tokens_per_second": tokens / seconds,
+            **self._saved,
         }
+        self._saved = {}
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(f"loss is {record['loss']} at step {self.step_number}")
         if self.step_number % config.evaluate_every == 0 and not self.done:
@@ -196,20 +201,12 @@ class Run:
         return {"validation_loss": total / len(losses), "validation_bpb": bits}
 
     def save_checkpoint(self) -> None:
-        """Everything that going on needs, atomically."""
-        if self.journal is None:
-            return
-        self.journal.sync()
-        checkpoint.save(
-            self.out,
-            {
-                "identity": self._identity,
-                "step": self.step_number,
-                "seconds": self.seconds,
-                "model": self.model.state_dict(),
-                "optimizers": self.optimizers.state_dict(),
-            },
-        )
+        """Everything that going on needs, atomically; time and size are logged a step later."""
+        if self.journal is not None:
+            self.journal.sync()
+        record = {"identity": self._identity, "step": self.step_number, "seconds": self.seconds}
+        saved = checkpoint.save(self.out, self.state.tensors(), record)
+        self._saved = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes}
 
     def export(self) -> None:
         """The model in `out/model`, as from_pretrained reads it, with its tokenizer."""
@@ -233,16 +230,13 @@ class Run:
         memory = self.model.config.memory_config
         if memory is not None:
             self._identity["specification_sha256"] = memory.specification.digest
-        state = checkpoint.load(self.out, self._identity)
-        if state is None:
+        found = checkpoint.find(self.out, self._identity)
+        if found is None:
             return
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:  # written by a version whose models had other tensors
-            reason = " ".join(str(error).split())
-            raise MismatchError(f"{self.out / checkpoint.FILE_NAME}: {reason}") from error
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.step_number, self.seconds = state["step"], state["seconds"]
+        self.state.load(found)
+        self.step_number, self.seconds = found.record["step"], found.record["seconds"]
+        if self.workers.main:
+            print(f"going on from step {self.step_number} ({found.path})", file=sys.stderr)
 
     def _describe(self) -> None:
         if self.journal is None:
