@@ -11,7 +11,8 @@ from engram_lm.cli import parser
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "training.md").read_text()
 
 
 def test_every_command_is_one_that_parses():
@@ -50,3 +51,13 @@ def test_every_figure_that_is_logged_is_explained(make_run, tmp_path):  # noqa: 
         if name in PAGE.split("## What is logged")[1].split("## Stopping")[0]:
             known = name.rstrip("…")
             assert any(logged.startswith(known) for logged in line), name
+
+
+def test_the_recipes_command_is_one_that_parses(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from train_debian_text import train_command
+
+    command = train_command(Path("a/shards"), Path("b"), workers=2, tokens=4096)
+    parsed = parser().parse_args(command[command.index("engram_lm") + 1 :])
+    assert (parsed.data, parsed.out, parsed.tokens) == (Path("a/shards"), Path("b"), 4096)
+    assert "--nproc-per-node=2" in command
