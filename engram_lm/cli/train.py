@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.train.batches import check_step
     from engram_lm.train.config import TrainConfig
     from engram_lm.train.journal import read_metrics
-    from engram_lm.train.loop import Run, train
+    from engram_lm.train.loop import Run
+    from engram_lm.train.turns import train
     from engram_lm.train.workers import Workers
 
     changes = settings(arguments.set, ("train", "model"))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +26,6 @@ from engram_lm.train import checkpoint, telemetry
 from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches, check_step
 from engram_lm.train.config import TrainConfig
-from engram_lm.train.console import Display
 from engram_lm.train.freeze import freeze
 from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
@@ -35,7 +33,6 @@ from engram_lm.train.optimizers import Optimizers
 from engram_lm.train.provenance import command, commit, machine
 from engram_lm.train.sharded_table import shard_tables
 from engram_lm.train.state import State
-from engram_lm.train.stopping import Stopping
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
 from engram_lm.train.workers import Workers
@@ -106,6 +103,7 @@ class Run:
         """One optimiser step, and what is due after it; returns what it logged, loss in nats."""
         config = self.config
         started = time.perf_counter()
+        sent = telemetry.exchanged_bytes(self.optimizers.groups.tables)
         self.model.train()
         with self.workers.guard(f"step {self.step_number + 1}"):
             loss = self._backward()
@@ -113,10 +111,9 @@ class Run:
         self.optimizers.set_factor(factor)
         norm = self.optimizers.clip(config.clip)
         taken = self.optimizers.step()
-        moved = self._moved()
-        self.optimizers.zero_grad()
         loads_LE = self.balancer.step(move=taken)
-        found = self._read(loss, norm, loads_LE, moved)
+        found = self._read(loss, norm, loads_LE, taken, sent)
+        self.optimizers.zero_grad()
         seconds = time.perf_counter() - started
         self.step_number += 1
         self.seconds += seconds
@@ -144,30 +141,6 @@ class Run:
             self.export()
         return record
 
-    def _moved(self) -> Tensor:
-        """Of each trained table here: rows, rows moved so far, values moved in this step, and the
-        sum of the squares of how far; flat float64, adds up over workers.
-        """
-        rows, found = self.optimizers.rows, []
-        if rows is not None:
-            for table, touched, rms in zip(
-                rows.tables, rows.touched(), rows.update_rms(), strict=True
-            ):
-                gradient = table.row_gradient
-                values = 0 if gradient is None else gradient.values_UE.numel()
-                found += [len(table.weight), touched, values, rms**2 * values]
-        return torch.tensor(found, dtype=torch.float64)
-
-    def _row_figures(self, moved: list[float]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        tables = () if self.optimizers.rows is None else self.optimizers.rows.tables
-        for index, table in enumerate(tables):
-            rows, touched, values, squares = moved[4 * index : 4 * index + 4]
-            name = self.optimizers.table_names[table]
-            found[f"rows_touched/{name}"] = touched / rows
-            found[f"row_update_rms/{name}"] = math.sqrt(squares / max(1.0, values))
-        return found
-
     def _backward(self) -> Tensor:
         """Leaves the step's gradient with parameters and tables; returns this worker's part of the
         loss in nats a token, of which the workers' mean is the step's.
@@ -190,14 +163,17 @@ class Run:
         return total
 
     def _read(
-        self, loss: Tensor, norm: Tensor, loads_LE: Tensor, moved: Tensor
+        self, loss: Tensor, norm: Tensor, loads_LE: Tensor, taken: bool, sent: int
     ) -> dict[str, float]:
         """A step's figures, those of all workers taken together."""
-        memory = telemetry.memory_figures(self.model.device)
+        bytes_here = telemetry.memory_figures(self.model.device)
+        if self.workers.size > 1:
+            tables = self.optimizers.groups.tables
+            bytes_here["exchanged_bytes"] = telemetry.exchanged_bytes(tables) - sent
         bytes_of_text = self.batches.text_bytes(self.step_number)
         norms = self.optimizers.gradient_norms
-        apart = torch.tensor([bytes_of_text, *memory.values()], dtype=torch.float64)
-        apart = torch.cat([apart, moved])
+        rows = telemetry.row_sums(self.optimizers.rows, taken)
+        apart = torch.tensor([bytes_of_text, *rows, *bytes_here.values()], dtype=torch.float64)
         sums = torch.cat([loss.double()[None], self.telemetry.take(), apart.to(loss.device)])
         values = telemetry.read(
             {"sums": self.workers.sum(sums), "loads": loads_LE, "gradient_norm": norm}
@@ -205,8 +181,8 @@ class Run:
         )
         loads, (loss_sum, *sums_read) = values.pop("loads"), values.pop("sums")
         size, *together = sums_read[-len(apart) :]
-        together, moved_read = together[: len(memory)], together[len(memory) :]
         gates = self.telemetry.gates
+        names = [self.optimizers.table_names[table] for table in self.optimizers.groups.tables]
         nats = loss_sum / self.workers.size
         tokens = self.config.batch * self.config.context
         return {
@@ -215,8 +191,8 @@ class Run:
             **{name: value for name, (value,) in values.items()},
             **telemetry.load_figures(self.balancer.routers, loads),
             **telemetry.gate_figures(gates, self.telemetry.streams, sums_read[: -len(apart)]),
-            **dict(zip(memory, together, strict=True)),
-            **self._row_figures(moved_read),
+            **telemetry.row_figures(names, together[: len(rows)]),
+            **dict(zip(bytes_here, together[len(rows) :], strict=True)),
         }
 
     def validate(self, tokens: int) -> dict[str, float]:
@@ -240,7 +216,12 @@ class Run:
         """Everything that going on needs, atomically; time and size are logged a step later."""
         if self.journal is not None:
             self.journal.sync()
-        record = {"identity": self._identity, "step": self.step_number, "seconds": self.seconds}
+        record = {
+            "identity": self._identity,
+            "step": self.step_number,
+            "seconds": self.seconds,
+            "skipped": [self.optimizers.skipped, self.optimizers.skipped_in_a_row],
+        }
         saved = checkpoint.save(self.out, self.state.tensors(), record)
         self._saved = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes}
 
@@ -271,6 +252,7 @@ class Run:
             return
         self.state.load(found)
         self.step_number, self.seconds = found.record["step"], found.record["seconds"]
+        self.optimizers.skipped, self.optimizers.skipped_in_a_row = found.record["skipped"]
         if self.workers.main:
             print(f"going on from step {self.step_number} ({found.path})", file=sys.stderr)
 
@@ -295,29 +277,3 @@ def _check_dtype(model: EngramLMForCausalLM, table_dtype: str) -> None:
                 f"table_dtype={table_dtype!r}: the model's table of layer {name} is "
                 f"{table.weight.dtype}; make it with table_dtype={table_dtype!r} as well"
             )
-
-
-def train(runs: list[Run], names: list[str]) -> None:
-    """Steps the runs in turn until all are done, showing the progress of each.
-
-    On SIGTERM, or on Ctrl-C, saves all between two steps and raises SystemExit: status 143, 130.
-    """
-    workers = runs[0].workers
-    steps = [run.config.steps for run in runs]
-    done = [run.step_number for run in runs]
-    console = Console(stderr=True, quiet=not workers.main)
-    with Stopping(workers) as stopping, Display(names, steps, done, console) as display:
-        while not all(run.done for run in runs):
-            if stopping.due():
-                break
-            for index, run in enumerate(runs):
-                if not run.done:
-                    display.show(index, run.step())
-        else:
-            return
-        for run in runs:
-            run.save_checkpoint()
-            run.close()
-    at = ", ".join(f"step {run.step_number} of {run.config.steps} in {run.out}" for run in runs)
-    console.print(f"asked to stop: saved at {at}; the same command goes on", soft_wrap=True)
-    raise SystemExit(stopping.status)

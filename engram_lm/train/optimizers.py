@@ -123,21 +123,20 @@ class Optimizers:
 
         `gradient_norms` has the norms before scaling, by group and by table.
         """
-        norm = self._norm = self._measure()
-        gradients = [gradient for each in self._gradients().values() for gradient in each]
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        gradients = self._gradients()
+        norm = self._take_norms(gradients)
+        flat = [gradient for each in gradients.values() for gradient in each]
+        torch._foreach_mul_(flat, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._norm = norm
         return norm
 
-    def _measure(self) -> Tensor:
-        norms = {
-            name: torch._foreach_norm(gradients)
-            for name, gradients in self._gradients().items()
-            if gradients
-        }
+    def _take_norms(self, gradients: dict[str, list[Tensor]]) -> Tensor:
+        norms = {name: torch._foreach_norm(each) for name, each in gradients.items() if each}
+        norm = torch.linalg.vector_norm(torch.stack([n for each in norms.values() for n in each]))
         self.gradient_norms = {
             name: torch.linalg.vector_norm(torch.stack(each)) for name, each in norms.items()
         }
-        return torch.linalg.vector_norm(torch.stack([n for each in norms.values() for n in each]))
+        return norm
 
     def _gradients(self) -> dict[str, list[Tensor]]:
         dense = {
@@ -157,7 +156,7 @@ class Optimizers:
 
         ConfigError after SKIPS_IN_A_ROW of those.
         """
-        norm = self._measure() if self._norm is None else self._norm
+        norm = self._take_norms(self._gradients()) if self._norm is None else self._norm
         self._norm = None
         if not torch.isfinite(norm):
             self.skipped += 1
