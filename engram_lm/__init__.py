@@ -30,8 +30,11 @@ _HOMES = {
     "RowStore": "engram_lm.memory.rows",
     "Specification": "engram_lm.memory.specification",
     "Table": "engram_lm.memory.table",
+    "WorkerError": "engram_lm.errors",
+    "Workers": "engram_lm.train.workers",
     "ledger": "engram_lm.model.budget",
     "preset": "engram_lm.model.presets",
+    "shard_tables": "engram_lm.train.sharded_table",
     "twin": "engram_lm.model.twin",
 }
 

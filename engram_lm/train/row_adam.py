@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.memory.table import Table
+from engram_lm.train.sharded_table import check_shared
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -27,6 +28,7 @@ class RowAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         self.tables = list(tables)
+        check_shared(self.tables)
         defaults = {"lr": lr, "betas": betas, "eps": eps}
         super().__init__([table.weight for table in self.tables], defaults)
 
