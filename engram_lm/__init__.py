@@ -33,12 +33,15 @@ _HOMES = {
     "RowwiseRMSprop": "engram_lm.train.rowwise_rmsprop",
     "Specification": "engram_lm.memory.specification",
     "Table": "engram_lm.memory.table",
+    "WorkerError": "engram_lm.errors",
+    "Workers": "engram_lm.train.workers",
     "give_memory": "engram_lm.model.surgery",
     "ledger": "engram_lm.model.budget",
     "param_groups": "engram_lm.train.joint_optimizer",
     "preset": "engram_lm.model.presets",
     "readdress": "engram_lm.model.surgery",
     "replicate_tables": "engram_lm.train.replicas",
+    "shard_tables": "engram_lm.train.sharded_table",
     "twin": "engram_lm.model.twin",
 }
 

@@ -167,6 +167,12 @@ class Table(nn.Module):
             gradient = RowGradient.sum([self.row_gradient, gradient])
         self.row_gradient = gradient
 
+    def gradient_norm(self) -> Tensor:
+        """Of the row gradient; 0 where there is none."""
+        if self.row_gradient is None:
+            return self.weight.new_zeros(())
+        return torch.linalg.vector_norm(self.row_gradient.values_UE)
+
     def extra_repr(self) -> str:
         return f"rows={self.weight.shape[0]}, dim={self.weight.shape[1]}"
 

@@ -79,6 +79,12 @@ class Exchange:
         )
         return received
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all workers, the same bits on each. Inside a job only."""
+        total = values.clone()
+        _finish(dist.all_reduce(total, group=self._group, async_op=True))
+        return total
+
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """Every worker's (N, ...), N of its own for each. Inside a job only."""
         sizes_W = self.counts([len(values)] * self.size)
@@ -120,8 +126,10 @@ class Exchange:
 def _finish(work: Any) -> None:
     # Asked, not waited for: a thread inside wait() while the interpreter ends would abort it, and
     # a worker that gives up ends while others' messages are outstanding.
+    pause = 50e-6
     while not work.is_completed():
-        time.sleep(50e-6)
+        time.sleep(pause)
+        pause = min(2 * pause, 1e-3)  # the longer it has taken, the less a millisecond matters
     work.wait()  # raises what went wrong
 
 

@@ -30,6 +30,7 @@ from engram_lm.train.freeze import freeze
 from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
+from engram_lm.train.parallel import replicate, synchronised
 from engram_lm.train.provenance import command, commit, machine
 from engram_lm.train.sharded_table import shard_tables
 from engram_lm.train.state import State
@@ -69,12 +70,13 @@ class Run:
             seed=config.seed,
             rows=self.workers.share(config.batch),
         )
+        self.autocast = torch.bfloat16 if config.precision == "bf16" else None
+        objective = Objective(model)
         if self.workers.size > 1:
             shard_tables(model)
-        self.autocast = torch.bfloat16 if config.precision == "bf16" else None
-        self.objective = Objective(model)
         freeze(model, config.frozen)
         _check_dtype(model, config.table_dtype)
+        self.objective = objective if self.workers.size == 1 else replicate(objective)
         self.optimizers = Optimizers(
             model,
             lr=config.lr,
@@ -148,18 +150,15 @@ class Run:
         config, device = self.config, self.model.device
         batch = self.batches[self.step_number]
         total = torch.zeros((), device=device)
-        for part in batch.split(config.micro_batches):
+        parts = batch.split(config.micro_batches)
+        for index, part in enumerate(parts):
             # Gradients are averaged over workers: weighted by tokens, unequal parts count for what
             # is in them.
             share = part.targets_BT.numel() / (config.batch * config.context)
-            loss = self.objective(part.to(device), self.autocast) * (share * self.workers.size)
-            loss.backward()
+            with synchronised(self.objective, index == len(parts) - 1):
+                loss = self.objective(part.to(device), self.autocast) * (share * self.workers.size)
+                loss.backward()
             total += loss.detach()
-        if self.workers.size > 1:
-            for each in self.optimizers.groups[:3]:
-                for parameter in each:
-                    assert parameter.grad is not None
-                    parameter.grad = self.workers.sum(parameter.grad) / self.workers.size
         return total
 
     def _read(

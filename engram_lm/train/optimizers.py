@@ -14,6 +14,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 
 from engram_lm.errors import ConfigError
 from engram_lm.memory.table import Table
+from engram_lm.train.parallel import local, whole_norms
 from engram_lm.train.row_adam import RowAdam
 from engram_lm.train.row_optimizer import RowOptimizer
 from engram_lm.train.rowwise_rmsprop import RowwiseRMSprop
@@ -124,14 +125,18 @@ class Optimizers:
         `gradient_norms` has the norms before scaling, by group and by table.
         """
         gradients = self._gradients()
-        norm = self._take_norms(gradients)
-        flat = [gradient for each in gradients.values() for gradient in each]
+        norm = self._norm = self._take_norms(gradients)
+        flat = local([gradient for each in gradients.values() for gradient in each])
         torch._foreach_mul_(flat, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        self._norm = norm
         return norm
 
     def _take_norms(self, gradients: dict[str, list[Tensor]]) -> Tensor:
-        norms = {name: torch._foreach_norm(each) for name, each in gradients.items() if each}
+        tables = {name: table for table, name in self.table_names.items()}
+        norms = {
+            name: [tables[name].gradient_norm()] if name in tables else whole_norms(each)
+            for name, each in gradients.items()
+            if each
+        }
         norm = torch.linalg.vector_norm(torch.stack([n for each in norms.values() for n in each]))
         self.gradient_norms = {
             name: torch.linalg.vector_norm(torch.stack(each)) for name, each in norms.items()

@@ -17,6 +17,7 @@ from torch import Tensor
 from engram_lm.errors import ConfigError
 from engram_lm.memory.table import RowGradient, Table
 from engram_lm.train.rounding import round_to_bf16
+from engram_lm.train.sharded_table import check_shared
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SQUARE = "exp_avg_sq"
@@ -47,6 +48,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(self, tables: Iterable[Table], defaults: dict[str, Any], seed: int) -> None:
         self.tables, self.seed = list(tables), seed
+        check_shared(self.tables)
         self._touched: dict[Table, tuple[Tensor, Tensor]] = {}
         self._update_rms: dict[Table, Tensor] = {}
         for table in self.tables:

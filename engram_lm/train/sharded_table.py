@@ -9,6 +9,7 @@ layer before its first block and waits at each layer, and gradients are waited f
 of it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -131,6 +132,14 @@ class ShardedTable(Table):
         self._settle()
         self._own, self._merged = None, gradient
 
+    def gradient_norm(self) -> Tensor:
+        """Of the gradient of all rows, wherever they are: collective, as reading it is."""
+        norm = super().gradient_norm()
+        shards = self.shards
+        if shards is None:
+            return norm
+        return shards.mine(shards.submit(lambda: shards.sum(norm.square())).wait()).sqrt()
+
     def _settle(self) -> None:
         while self._returning:
             self._returning.pop(0).wait()
@@ -220,6 +229,17 @@ class ShardedRead(TrainedRead):
         traffic.served += served
         traffic.id_bytes += fetched * ID_BYTES
         traffic.row_bytes += served * self.table.format.row_bytes
+
+
+def check_shared(tables: Iterable[Table]) -> None:
+    """ConfigError where a row optimiser would move a table by one worker's gradient alone."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    if any(not isinstance(table, ShardedTable) for table in tables):
+        raise ConfigError(
+            f"a table of one worker among {dist.get_world_size()}: its rows would part from the "
+            "others'; call shard_tables(model) before the optimiser is made"
+        )
 
 
 def shard_tables(

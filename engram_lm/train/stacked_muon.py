@@ -13,6 +13,8 @@ from torch.optim._muon import (
     _zeropower_via_newtonschulz,
 )
 
+from engram_lm.train.parallel import local
+
 COEFFICIENTS = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
 
 
@@ -49,7 +51,10 @@ class StackedMuon(torch.optim.Optimizer):
                 state = self.state[stack]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(stack)
-                _update(stack, stack.grad, state["momentum_buffer"], group)
+                # fully_shard cuts a stack between its matrices: each worker moves its own.
+                own, gradient, average = local([stack, stack.grad, state["momentum_buffer"]])
+                if len(own):
+                    _update(own, gradient, average, group)
         return loss
 
 
