@@ -22,10 +22,12 @@ from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
 from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.modeling import EngramLMForCausalLM
-from engram_lm.train import checkpoint, telemetry
+from engram_lm.train import telemetry
 from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches, check_step
+from engram_lm.train.checkpoint import Checkpoints
 from engram_lm.train.config import TrainConfig
+from engram_lm.train.export import export
 from engram_lm.train.freeze import freeze
 from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
@@ -36,6 +38,7 @@ from engram_lm.train.sharded_table import shard_tables
 from engram_lm.train.state import State
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
+from engram_lm.train.together import Together
 from engram_lm.train.workers import Workers
 
 
@@ -85,6 +88,8 @@ class Run:
             table_optimizer=config.table_optimizer,
             seed=config.seed,
         )
+        self.together = Together()
+        self.checkpoints = Checkpoints(out, self.together)
         self.state = State(model, self.optimizers)
         self.balancer = Balancer(model, config.balance_rate, self.workers)
         self.telemetry = Telemetry(model)
@@ -221,14 +226,13 @@ class Run:
             "seconds": self.seconds,
             "skipped": [self.optimizers.skipped, self.optimizers.skipped_in_a_row],
         }
-        saved = checkpoint.save(self.out, self.state.tensors(), record)
+        saved = self.checkpoints.save(self.state.tensors(self.together.rank), record)
         self._saved = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes}
 
     def export(self) -> None:
         """The model in `out/model`, as from_pretrained reads it, with its tokenizer."""
         self.model.eval()
-        self.model.save_pretrained(self.out / "model")
-        self.tokenizer.save_pretrained(self.out / "model")
+        export(self.model, self.tokenizer, self.out / "model", self.together)
 
     def close(self) -> None:
         """Ends the logs; the model is left without hooks."""
@@ -246,10 +250,10 @@ class Run:
         memory = self.model.config.memory_config
         if memory is not None:
             self._identity["specification_sha256"] = memory.specification.digest
-        found = checkpoint.find(self.out, self._identity)
+        found = self.checkpoints.last(self._identity)
         if found is None:
             return
-        self.state.load(found)
+        self.state.load(found, self.checkpoints)
         self.step_number, self.seconds = found.record["step"], found.record["seconds"]
         self.optimizers.skipped, self.optimizers.skipped_in_a_row = found.record["skipped"]
         if self.workers.main:
