@@ -1,9 +1,10 @@
 """One worker of a launch that trains a small model in many ways; run by test_sharded.py.
 
-    sharded_worker.py OUT CASE...      (RANK, WORLD_SIZE and the like as torchrun sets them)
+    sharded_worker.py OUT CASE[:STEPS]...    (RANK, WORLD_SIZE and the like as torchrun sets them)
 
-OUT/CASE.pt is what training left, whole, written by the first worker. `train` with a worker that is
-alone is the run that all are measured against. A last case may end in an error: one line, status 2.
+OUT/CASE[:STEPS].pt is what training left, whole, written by the first worker. `train` with a worker
+that is alone is the run that all are measured against. A last case may end in an error: one line,
+status 2.
 """
 
 import os
@@ -29,7 +30,6 @@ CASES = {
     "ddp": {},
     "fsdp": {"backbone": shard},
     "fsdp-muon": {"backbone": shard, "muon": True},
-    "fsdp-muon-twice": {"backbone": shard, "muon": True, "steps": 2},
     "ddp-muon": {"muon": True},
     "uneven": {"sequences": 5},
     "no-tokens": {"sequences": 1},
@@ -43,6 +43,12 @@ CASES = {
     "corrupted": {"steps": 1, "fault": "corrupted"},
     "death": {"steps": 3, "fault": "death"},
 }
+
+
+def settings(name: str) -> dict:
+    """A case's arguments for `train`; "ddp:5" takes 5 steps."""
+    case, _, steps = name.partition(":")
+    return {"steps": int(steps or STEPS), **CASES[case]}
 
 
 def batch_of(step: int, sequences: int, repeated: bool) -> Batch:
@@ -66,7 +72,7 @@ def train(
     shards: int | None = None,
     frozen: bool = False,
     fault: str | None = None,
-    steps: int = STEPS,
+    steps: int,
 ) -> dict:
     """What a run leaves: losses, norms, and whole weights, moments, biases and traffic."""
     model = tiny_model(4, hc_sinkhorn_iters=4).train()
@@ -192,7 +198,7 @@ def main(out: str, *names: str) -> int:
     for name in names:
         try:
             with workers.guard("a step"):
-                left = train(workers, **CASES[name])
+                left = train(workers, **settings(name))
         except EngramError as error:
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             if isinstance(error, WorkerError):
