@@ -26,7 +26,6 @@ def options(add: Callable[..., Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from engram_lm.memory.canonical import backend_of, vocabulary_size
-    from engram_lm.model.modeling import EngramLMForCausalLM
     from engram_lm.model.presets import configure, for_vocabulary, preset
     from engram_lm.train import initial, text
     from engram_lm.train.allocator import keep_freed_memory
@@ -76,17 +75,12 @@ def run(arguments: argparse.Namespace) -> None:
                 f"vocab_size={model_config.vocab_size}: the tokenizer has {token_ids} token ids"
             )
         check_step(found.training, config, workers)
-    torch.manual_seed(config.seed)
     if arguments.origin is not None:
         name = str(arguments.origin)
         with opening(arguments.origin):
-            model = initial.load(arguments.origin, tokenizer)
+            model = initial.load(arguments.origin, tokenizer, workers)
     else:
-        model = EngramLMForCausalLM(model_config)
-        if model_config.memory_config is not None:
-            specification = model_config.memory_config.specification
-            model.set_canonical_map(specification.canonical_map(tokenizer))
-    model.to(workers.device)  # type: ignore[arg-type]
+        model = initial.fresh(model_config, tokenizer, workers, config.seed)
     run = Run(
         model,
         tokenizer,

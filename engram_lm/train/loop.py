@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import MismatchError
@@ -32,9 +33,9 @@ from engram_lm.train.freeze import freeze
 from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
-from engram_lm.train.parallel import replicate, synchronised
+from engram_lm.train.parallel import replicate, shard, synchronised, whole
 from engram_lm.train.provenance import command, commit, machine
-from engram_lm.train.sharded_table import shard_tables
+from engram_lm.train.sharded_table import ShardedTable, shard_tables
 from engram_lm.train.state import State
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
@@ -75,11 +76,14 @@ class Run:
         )
         self.autocast = torch.bfloat16 if config.precision == "bf16" else None
         objective = Objective(model)
-        if self.workers.size > 1:
+        if self.workers.size > 1 and not _shared(model):
             shard_tables(model)
         freeze(model, config.frozen)
         _check_dtype(model, config.table_dtype)
-        self.objective = objective if self.workers.size == 1 else replicate(objective)
+        self.objective: Objective | DistributedDataParallel = objective
+        if self.workers.size > 1:
+            each_whole = config.backbone == "replicated"
+            self.objective = replicate(objective) if each_whole else shard(objective)
         self.optimizers = Optimizers(
             model,
             lr=config.lr,
@@ -144,7 +148,7 @@ class Run:
             self.journal.write(record)
         if self.done or self.step_number % config.checkpoint_every == 0:
             self.save_checkpoint()
-        if self.done and self.workers.main:
+        if self.done:
             self.export()
         return record
 
@@ -202,15 +206,16 @@ class Run:
     def validate(self, tokens: int) -> dict[str, float]:
         """Loss on about `tokens` validation tokens, the first, in nats a token and bits a byte."""
         tokens, size = self.validation.judged(tokens)
-        losses = token_losses(
-            self.model,
-            self.validation.read(0, tokens),
-            starts_T=self.validation.starts(0, tokens),
-            context=self.config.context,
-            batch=self.config.batch,
-            autocast=self.autocast,
-            share=self.workers.share,
-        )
+        with whole(self.objective):
+            losses = token_losses(
+                self.model,
+                self.validation.read(0, tokens),
+                starts_T=self.validation.starts(0, tokens),
+                context=self.config.context,
+                batch=self.config.batch,
+                autocast=self.autocast,
+                share=self.workers.share,
+            )
         mine = torch.tensor(losses.sum(dtype=np.float64), device=self.model.device)
         total = self.workers.sum(mine).item()
         bits = total / math.log(2) / size
@@ -271,6 +276,10 @@ class Run:
             "machine": machine(),
         }
         self.journal.describe({**self._identity, "ledger": counts}, start)
+
+
+def _shared(model: EngramLMForCausalLM) -> bool:
+    return all(isinstance(table, ShardedTable) for table in model.model.tables.values())
 
 
 def _check_dtype(model: EngramLMForCausalLM, table_dtype: str) -> None:

@@ -66,6 +66,19 @@ def synchronised(module: nn.Module, wanted: bool) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, the model may be called without its objective, as validation does."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this worker holds of each: its part of a DTensor, all of any other; not a copy."""
     return [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
