@@ -13,15 +13,14 @@ import pickle
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,13 +30,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from engram_lm.errors import DataError, EngramError, MismatchError
+from engram_lm.errors import DataError, MismatchError
+from engram_lm.train.together import Together, reason
+from engram_lm.train.workers import lost
 
 FILE_NAME = "checkpoint.json"
 FORMAT = "engram-checkpoint"
 VERSION = 1
 _EARLIER = "checkpoint.pt"
-_T = TypeVar("_T")
 
 
 class Saved(NamedTuple):
@@ -47,21 +47,66 @@ class Saved(NamedTuple):
     bytes: int
 
 
-def save(out: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> Saved:
-    """Writes the checkpoint of record["step"]; all workers call it, and all or none return.
+class Checkpoints:
+    """Those of one run, in OUT/checkpoints. All workers make it, and call its methods together."""
 
-    tensors: the same names on all workers; what workers hold alike is written once. One that is
-    there already stays. DataError, on all workers, where one of them cannot write: the checkpoint
-    before stays whole.
-    """
-    started = time.perf_counter()
-    path = out / "checkpoints" / f"step-{record['step']:08d}"
-    if not path.exists():
-        writer = _Writer(path, record)
-        with _plainly(path, "cannot be written", "; the checkpoint before it is whole"):
-            state_dict_saver.save(dict(tensors), storage_writer=writer)
-    size = sum(file.stat().st_size for file in path.iterdir())
-    return Saved(time.perf_counter() - started, size)
+    def __init__(self, out: Path, together: Together) -> None:
+        self.out, self.together = out, together
+
+    def save(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> Saved:
+        """Writes the checkpoint of record["step"]; one that is there already stays.
+
+        tensors: by name; what workers hold alike is written once. DataError, on all workers, where
+        one of them cannot write: the checkpoint before stays whole.
+        """
+        started = time.perf_counter()
+        path = self.out / "checkpoints" / f"step-{record['step']:08d}"
+        if not path.exists():
+            with self._plainly(path, "cannot be written", "; the checkpoint before it is whole"):
+                state_dict_saver.save(
+                    dict(tensors),
+                    storage_writer=_Writer(path, record),
+                    process_group=self.together.group,
+                )
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return Saved(time.perf_counter() - started, size)
+
+    def last(self, identity: dict[str, Any]) -> "Checkpoint | None":
+        """The last whole checkpoint, or None where there is none.
+
+        MismatchError where its `identity` (specification, data, training settings) is another, or
+        its form is of another version; DataError where a file is missing or has lost bytes.
+        """
+        return self.together.do(self.out, lambda: _last(self.out, identity))
+
+    def read(self, checkpoint: "Checkpoint", tensors: dict[str, Tensor]) -> None:
+        """Fills these tensors in place, each worker its rows.
+
+        MismatchError where names or shapes are others, DataError where a file is damaged.
+        """
+        self.together.do(checkpoint.path, lambda: checkpoint.compare(tensors))
+        with self._plainly(checkpoint.path, "not a whole checkpoint"):
+            state_dict_loader.load(
+                dict(tensors),
+                storage_reader=FileSystemReader(checkpoint.path),
+                process_group=self.together.group,
+            )
+
+    @contextmanager
+    def _plainly(self, path: Path, words: str, more: str = "") -> Iterator[None]:
+        """Turns what torch.distributed.checkpoint raises, on all workers, into one line."""
+        together = self.together
+        try:
+            with warnings.catch_warnings():
+                # Rightly so, where there is one process.
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                yield
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            where = f" on worker {rank}" if together.size > 1 else ""
+            raise DataError(f"{path}: {words}{where} ({reason(cause)}){more}") from cause
+        except RuntimeError as error:
+            raise lost(error, together.rank, together.size, str(path)) from error
 
 
 @dataclass(frozen=True)
@@ -72,11 +117,8 @@ class Checkpoint:
     record: dict[str, Any]
     shapes: dict[str, TensorStorageMetadata]
 
-    def read(self, tensors: dict[str, Tensor]) -> None:
-        """Fills these tensors in place, each worker its rows; all workers call it.
-
-        MismatchError where names or shapes are others, DataError where a file is damaged.
-        """
+    def compare(self, tensors: dict[str, Tensor]) -> None:
+        """MismatchError unless it holds these, in these shapes, and nothing else."""
         for names, words in (
             (tensors.keys() - self.shapes.keys(), "lacks"),
             (self.shapes.keys() - tensors.keys(), "has more than this run:"),
@@ -90,20 +132,9 @@ class Checkpoint:
                 raise MismatchError(
                     f"{self.path}: {name} has shape {saved}, this run has {tuple(tensor.shape)}"
                 )
-        with _plainly(self.path, "not a whole checkpoint"):
-            state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(self.path))
 
 
-def find(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
-    """The last whole checkpoint of a run's directory, or None where there is none.
-
-    MismatchError where its `identity` (specification, data, training settings) is another, or its
-    form is of another version; DataError where a file is missing or has lost bytes.
-    """
-    return _together(lambda: _find(out, identity))
-
-
-def _find(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
+def _last(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
     if (out / _EARLIER).exists():
         raise MismatchError(
             f"{out / _EARLIER}: a checkpoint of an earlier version, which this one cannot read; "
@@ -119,9 +150,7 @@ def _find(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
             raise MismatchError(f"{path}: version {VERSION} of {FORMAT} is needed")
         recorded, files = record["identity"], dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a whole checkpoint ({FILE_NAME}: {_reason(error)})"
-        ) from error
+        raise DataError(f"{path}: not a whole checkpoint ({FILE_NAME}: {reason(error)})") from error
     found = difference("", recorded, identity)
     if found is not None:
         raise MismatchError(f"{path}: {found}; use another --out, or delete the directory")
@@ -130,7 +159,7 @@ def _find(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
     try:
         metadata = FileSystemReader(path).read_metadata()
     except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: not a whole checkpoint ({_reason(error)})") from error
+        raise DataError(f"{path}: not a whole checkpoint ({reason(error)})") from error
     shapes = {
         name: saved
         for name, saved in metadata.state_dict_metadata.items()
@@ -208,41 +237,6 @@ def _flush(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _plainly(path: Path, words: str, more: str = "") -> Iterator[None]:
-    """Turns what torch.distributed.checkpoint raises, on all workers, into one line."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: right
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        where = f" on worker {rank}" if dist.is_initialized() else ""
-        raise DataError(f"{path}: {words}{where} ({_reason(cause)}){more}") from cause
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _together(function: Callable[[], _T]) -> _T:
-    """What it returns; on all workers the first one's error where it fails on any."""
-    result, failed = None, None
-    try:
-        result = function()
-    except EngramError as error:
-        failed = error
-    if dist.is_initialized():
-        failures: list[EngramError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failed)
-        failed = next((each for each in failures if each is not None), None)
-    if failed is not None:
-        raise failed
-    return result  # type: ignore[return-value]
 
 
 def difference(name: str, recorded: Any, wanted: Any) -> str | None:

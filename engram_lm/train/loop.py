@@ -23,11 +23,13 @@ from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
 from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.modeling import EngramLMForCausalLM
-from engram_lm.train import checkpoint, telemetry
+from engram_lm.train import telemetry
 from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches, check_step
+from engram_lm.train.checkpoint import Checkpoints
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.console import Display
+from engram_lm.train.export import export
 from engram_lm.train.freeze import freeze
 from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
@@ -38,6 +40,7 @@ from engram_lm.train.state import State
 from engram_lm.train.stopping import Stopping
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
+from engram_lm.train.together import Together
 from engram_lm.train.workers import Workers
 
 
@@ -86,6 +89,8 @@ class Run:
             table_optimizer=config.table_optimizer,
             seed=config.seed,
         )
+        self.together = Together()
+        self.checkpoints = Checkpoints(out, self.together)
         self.state = State(model, self.optimizers)
         self.balancer = Balancer(model, config.balance_rate, self.workers)
         self.telemetry = Telemetry(model)
@@ -241,14 +246,13 @@ class Run:
         if self.journal is not None:
             self.journal.sync()
         record = {"identity": self._identity, "step": self.step_number, "seconds": self.seconds}
-        saved = checkpoint.save(self.out, self.state.tensors(), record)
+        saved = self.checkpoints.save(self.state.tensors(self.together.rank), record)
         self._saved = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes}
 
     def export(self) -> None:
         """The model in `out/model`, as from_pretrained reads it, with its tokenizer."""
         self.model.eval()
-        self.model.save_pretrained(self.out / "model")
-        self.tokenizer.save_pretrained(self.out / "model")
+        export(self.model, self.tokenizer, self.out / "model", self.together)
 
     def close(self) -> None:
         """Ends the logs; the model is left without hooks."""
@@ -266,10 +270,10 @@ class Run:
         memory = self.model.config.memory_config
         if memory is not None:
             self._identity["specification_sha256"] = memory.specification.digest
-        found = checkpoint.find(self.out, self._identity)
+        found = self.checkpoints.last(self._identity)
         if found is None:
             return
-        self.state.load(found)
+        self.state.load(found, self.checkpoints)
         self.step_number, self.seconds = found.record["step"], found.record["seconds"]
         if self.workers.main:
             print(f"going on from step {self.step_number} ({found.path})", file=sys.stderr)

@@ -7,17 +7,17 @@ table: so they find their places on any number of workers.
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from engram_lm.memory.table import Table
 from engram_lm.train.blocks import Blocks
-from engram_lm.train.checkpoint import Checkpoint
+from engram_lm.train.checkpoint import Checkpoint, Checkpoints
 from engram_lm.train.optimizers import Optimizers
+from engram_lm.train.sharded_table import ShardedTable
 
-_RANDOM = "random"
+_RANDOM, _SKIPPED = "random", "skipped_steps"
 
 
 class State:
@@ -28,13 +28,17 @@ class State:
         modules = model.modules()
         self.tables = {each.weight: each for each in modules if isinstance(each, Table)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of this worker."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return {**self._weights(), **self._states(), f"{_RANDOM}.{rank}": torch.get_rng_state()}
+    def tensors(self, rank: int) -> dict[str, Tensor]:
+        """What a checkpoint holds of worker `rank`, which is this one."""
+        return {
+            **self._weights(),
+            **self._states(),
+            _SKIPPED: torch.tensor([self.optimizers.skipped, self.optimizers.skipped_in_a_row]),
+            f"{_RANDOM}.{rank}": torch.get_rng_state(),
+        }
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Takes all of it from a checkpoint of any number of workers.
+    def load(self, checkpoint: Checkpoint, checkpoints: Checkpoints) -> None:
+        """Takes all of it from a checkpoint of any number of workers; all call it.
 
         Random numbers go on where the number is the same; else each worker gets a new seed.
         MismatchError where the model is another, DataError where a file is damaged.
@@ -57,11 +61,22 @@ class State:
             for name, saved in checkpoint.shapes.items()
             if name.startswith(_RANDOM)
         }
-        checkpoint.read({**weights, **buffers, **self._states(), **random})
+        skipped = torch.zeros(2, dtype=torch.int64)
+        rest = {**self._states(), **random, _SKIPPED: skipped}
+        checkpoints.read(checkpoint, {**weights, **buffers, **rest})
+        self.optimizers.skipped, self.optimizers.skipped_in_a_row = skipped.tolist()
         self.model.load_state_dict(
             {name.removeprefix("model."): buffer for name, buffer in buffers.items()}, strict=False
         )
-        _go_on([random[f"{_RANDOM}.{rank}"] for rank in range(len(random))])
+        together = checkpoints.together
+        states = [random[f"{_RANDOM}.{rank}"] for rank in range(len(random))]
+        if len(states) == together.size:
+            torch.set_rng_state(states[together.rank])
+        else:
+            first = torch.Generator()
+            first.set_state(states[0])
+            seeds = torch.randint(2**62, (together.size,), generator=first)
+            torch.manual_seed(int(seeds[together.rank]))
 
     def _weights(self) -> dict[str, Tensor]:
         """Parameters and buffers; tied ones once."""
@@ -92,23 +107,21 @@ class State:
         table = self.tables.get(parameter)  # type: ignore[call-overload]
         if table is None or value.shape[:1] != parameter.shape[:1]:
             return value.detach()
-        return Blocks(value, 0, len(parameter))
+        return Blocks(value, *_place(table))
 
     def _empty(self, parameter: Tensor, saved: TensorStorageMetadata) -> Tensor:
-        """Room for a saved state."""
+        """Room for a saved state: of a table, for this worker's rows."""
         size, dtype = tuple(saved.size), saved.properties.dtype
         if isinstance(parameter, DTensor) and size == tuple(parameter.shape):
             return torch.empty_like(parameter, dtype=dtype)
+        table = self.tables.get(parameter)  # type: ignore[call-overload]
+        if table is not None and size[:1] == _place(table)[1:]:
+            size = (len(parameter), *size[1:])
         return torch.empty(size, dtype=dtype, device=parameter.device)
 
 
-def _go_on(random: list[Tensor]) -> None:
-    workers, rank = 1, 0
-    if dist.is_initialized():
-        workers, rank = dist.get_world_size(), dist.get_rank()
-    if len(random) == workers:
-        torch.set_rng_state(random[rank])
-        return
-    first = torch.Generator()
-    first.set_state(random[0])
-    torch.manual_seed(int(torch.randint(2**62, (workers,), generator=first)[rank]))
+def _place(table: Table) -> tuple[int, int]:
+    """Number of its first row in the whole table, and how many rows that has."""
+    if isinstance(table, ShardedTable):
+        return table.first_row, table.rows
+    return 0, len(table.weight)
