@@ -151,7 +151,8 @@ def load_as(out: Path, rank: int, size: int, seen: dict) -> None:
             check(trained.parts(), wanted)
             if source == 4:
                 export(trained.model, TOKENIZER, out / f"export{size}", trained.together)
-                start(out / f"export{size}", wanted)
+                with torch.random.fork_rng():
+                    start(out / f"export{size}", wanted)
             seen[f"{source}->{size}"] = [trained.step(number) for number in (3, 4)]
         for source in (4, 2):
             for backbone in (True, False)[size == 1 :]:

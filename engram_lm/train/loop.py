@@ -225,12 +225,7 @@ class Run:
         """Everything that going on needs, atomically; time and size are logged a step later."""
         if self.journal is not None:
             self.journal.sync()
-        record = {
-            "identity": self._identity,
-            "step": self.step_number,
-            "seconds": self.seconds,
-            "skipped": [self.optimizers.skipped, self.optimizers.skipped_in_a_row],
-        }
+        record = {"identity": self._identity, "step": self.step_number, "seconds": self.seconds}
         saved = self.checkpoints.save(self.state.tensors(self.together.rank), record)
         self._saved = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes}
 
@@ -260,7 +255,6 @@ class Run:
             return
         self.state.load(found, self.checkpoints)
         self.step_number, self.seconds = found.record["step"], found.record["seconds"]
-        self.optimizers.skipped, self.optimizers.skipped_in_a_row = found.record["skipped"]
         if self.workers.main:
             print(f"going on from step {self.step_number} ({found.path})", file=sys.stderr)
 
