@@ -13,8 +13,8 @@ import torch.distributed as dist
 from test_telemetry import make_run  # noqa: F401  (a fixture)
 from test_train import final, losses, states_equal
 
-from engram_lm.train.loop import train
 from engram_lm.train.stopping import Stopping
+from engram_lm.train.turns import train
 from engram_lm.train.workers import Workers
 
 

@@ -173,6 +173,22 @@ def test_gradient_norms_of_the_groups_make_up_the_whole(make_run, tmp_path):
     run.close()
 
 
+def test_rows_touched_and_the_size_of_their_update_are_those_of_the_table(make_run, tmp_path):
+    run = make_run(tmp_path)
+    table = run.model.model.tables["1"].weight
+    first = table.detach().clone()
+    for _ in range(3):
+        before = table.detach().clone()
+        record = run.step()
+    touched = (table != first).any(dim=1)
+    assert record["rows_touched/table_1"] == touched.double().mean().item()
+    moved = (table != before).any(dim=1)
+    size = (table - before)[moved].detach().double().square().mean().sqrt().item()
+    assert record["row_update/table_1"] == pytest.approx(size, rel=1e-4)  # float32 sums
+    assert record["skipped"] == 0
+    run.close()
+
+
 def test_tensorboard_holds_the_figures_of_the_log(make_run, tmp_path):
     run = make_run(tmp_path)
     while not run.done:

@@ -2,22 +2,25 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
-from engram_lm.train import corpus
+from engram_lm.train import checkpoint, corpus
 from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
@@ -46,10 +49,14 @@ def parts():
     )
 
 
-def small_model(canonical: CanonicalMap, seed: int = 0) -> EngramLMForCausalLM:
+def small_model(
+    canonical: CanonicalMap, seed: int = 0, specification: dict | None = None
+) -> EngramLMForCausalLM:
     torch.manual_seed(seed)
     changes = {"hidden_size": 32, "num_hidden_layers": 4, "mlp_layer_types": ["sparse"] * 4}
     changes |= {"memory.specification.rows_per_head": [97, 97]}
+    for name, value in (specification or {}).items():
+        changes[f"memory.specification.{name}"] = value
     model = EngramLMForCausalLM(configure(nano_engram(), changes))
     model.set_canonical_map(canonical)
     return model
@@ -59,10 +66,10 @@ def in_memory(ids) -> Continuous:
     return Continuous(ids, corpus.token_bytes())
 
 
-def start(parts, out: Path, config: TrainConfig = CONFIG, training=None) -> Run:
+def start(parts, out: Path, config: TrainConfig = CONFIG, training=None, model=None) -> Run:
     tokenizer, canonical, training_stream, validation = parts
     return Run(
-        small_model(canonical, config.seed),
+        small_model(canonical, config.seed) if model is None else model,
         tokenizer,
         config,
         out,
@@ -113,9 +120,12 @@ def states_equal(one, other) -> bool:
 
 
 def final(out: Path) -> dict:
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    del state["seconds"]
-    return state
+    (path,) = (out / "checkpoints").iterdir()
+    with warnings.catch_warnings():  # without a process group it says so
+        warnings.simplefilter("ignore")
+        tensors = _load_state_dict_from_keys(checkpoint_id=path)
+    record = json.loads((path / "checkpoint.json").read_text())
+    return {"tensors": tensors, "step": record["step"], "identity": record["identity"]}
 
 
 def losses(out: Path) -> list[tuple]:
@@ -150,14 +160,6 @@ def test_a_checkpoint_of_other_data_settings_or_model_is_refused(parts, tmp_path
         start(parts, tmp_path, training=in_memory(parts[2].ids_T[1:]))
 
 
-def test_a_damaged_checkpoint_is_named(parts, tmp_path):
-    finish(start(parts, tmp_path))
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"checkpoint.pt: not a whole checkpoint"):
-        start(parts, tmp_path)
-
-
 def test_a_command_killed_with_sigkill_ends_as_if_it_had_not_been(tmp_path):
     def command(out: Path) -> list[str]:
         settings = "batch=4 context=32 checkpoint_every=4 evaluate_every=8 validation_tokens=300"
@@ -173,13 +175,16 @@ def test_a_command_killed_with_sigkill_ends_as_if_it_had_not_been(tmp_path):
         command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 300  # never reached: a guard against waiting for ever
-    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-????????")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model").exists()
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, env=environment)
+    done = subprocess.run(
+        command(tmp_path / "killed"), check=True, capture_output=True, env=environment, text=True
+    )
+    assert re.search(r"^going on from step \d+ \(.*/checkpoints/step-\d{8}\)$", done.stderr, re.M)
     assert states_equal(final(tmp_path / "whole"), final(tmp_path / "killed"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
@@ -227,14 +232,23 @@ def test_keeping_freed_memory_is_reported_where_it_is_possible():
     assert done.stdout.strip() == str(sys.platform.startswith("linux"))
 
 
-def test_a_checkpoint_without_the_specification_among_its_weights_is_refused(parts, tmp_path):
+def test_weights_of_another_specification_are_refused_whatever_is_recorded(
+    parts, tmp_path, monkeypatch
+):
     run = start(parts, tmp_path)
     for _ in range(3):
         run.step()
     run.close()
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    del state["model"]["model.seal.sha256"]
-    torch.save(state, tmp_path / "checkpoint.pt")
-    with pytest.raises(MismatchError, match="Missing key.*model.seal.sha256") as refused:
-        start(parts, tmp_path)
-    assert "\n" not in str(refused.value)
+    monkeypatch.setattr(checkpoint, "difference", lambda *_: None)
+    other = small_model(parts[1], specification={"seed": "7"})
+    with pytest.raises(MismatchError, match="the weights were trained with the specification of"):
+        start(parts, tmp_path, model=other)
+
+
+def test_what_a_save_took_is_logged_with_the_next_step(parts, tmp_path):
+    finish(start(parts, tmp_path))
+    logged = [line for line in read_metrics(tmp_path) if "checkpoint_bytes" in line]
+    assert [line["step"] for line in logged] == [4, 7]
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert logged[0]["checkpoint_bytes"] > sum(f.stat().st_size for f in path.iterdir()) * 0.99
+    assert all(line["checkpoint_seconds"] > 0 for line in logged)

@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.train.batches import check_step
     from engram_lm.train.config import TrainConfig
     from engram_lm.train.journal import read_metrics
-    from engram_lm.train.loop import Run, train
+    from engram_lm.train.loop import Run
+    from engram_lm.train.turns import train
     from engram_lm.train.workers import Workers
 
     changes = settings(arguments.set, ("train", "model"))
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
             padding_id=encoder.padding_id,
         )
     with workers.main_first("what belongs together"):
+        if model_config.memory is not None and config.table_dtype != "fp32":
+            changes["model"].setdefault("table_dtype", config.table_dtype)
         model_config = configure(model_config, changes["model"])
         token_ids = vocabulary_size(backend_of(tokenizer))
         if model_config.vocab_size < token_ids:

@@ -18,7 +18,8 @@ from engram_lm.memory.rows import RowFormat
 
 
 class RowGradient(NamedTuple):
-    """rows_U: distinct row numbers, ascending, int64. values_UE: the summed gradient of each."""
+    """rows_U: distinct row numbers, ascending, int64. values_UE: the summed gradient of each,
+    float32 or wider."""
 
     rows_U: Tensor
     values_UE: Tensor
@@ -58,9 +59,10 @@ class Merged(NamedTuple):
         return cls(*torch.unique(rows_M, return_inverse=True))
 
     def sum(self, values_ME: Tensor) -> Tensor:
-        """(M, E) -> (U, E), repeats summed."""
-        values_UE = values_ME.new_zeros(len(self.rows_U), values_ME.shape[1])
-        return values_UE.index_add_(0, self.position_M, values_ME)
+        """(M, E) -> (U, E), repeats summed, in float32 or wider."""
+        dtype = torch.promote_types(values_ME.dtype, torch.float32)
+        values_UE = values_ME.new_zeros(len(self.rows_U), values_ME.shape[1], dtype=dtype)
+        return values_UE.index_add_(0, self.position_M, values_ME.to(dtype))
 
 
 _UNALLOCATED: ContextVar[bool] = ContextVar("tables without memory", default=False)
@@ -81,6 +83,9 @@ class Table(nn.Module):
 
     rows may pass 2^31 and rows * dim certainly does: everything that counts or points is int64.
     """
+
+    first_row = 0
+    """Number of the weight's first row among all rows; a shard starts further on."""
 
     def __init__(
         self,

@@ -7,12 +7,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV3Config
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
 
+TABLE_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+"""What EngramLMConfig.table_dtype may be."""
 REMOTE_CODE = "modeling_engram_lm.py"
 """A file beside every saved model that leads transformers to this package."""
 
@@ -66,6 +69,8 @@ class EngramLMConfig(DeepseekV3Config):
     hc_eps: float = 1e-6
     memory: dict[str, Any] | None = None
     """MemoryConfig.to_dict() with a bound specification, or None: no memory."""
+    table_dtype: str | None = None
+    """"fp32" or "bf16", whatever the rest is loaded as; None: as the rest."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mlp_layer_types is None:
@@ -114,6 +119,9 @@ class EngramLMConfig(DeepseekV3Config):
             )
         if self.streams < 1:
             raise ConfigError(f"streams={self.streams}: 1 (plain residual) or more")
+        if self.table_dtype not in TABLE_DTYPES:
+            accepted = ", ".join(map(repr, TABLE_DTYPES))
+            raise ConfigError(f"table_dtype={self.table_dtype!r}: accepted are {accepted}")
         memory = self.memory_config
         if memory is not None and memory.specification.layers[-1] >= self.num_hidden_layers:
             raise ConfigError(

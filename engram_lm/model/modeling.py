@@ -43,7 +43,7 @@ from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.table import Table
 from engram_lm.model import directory
 from engram_lm.model.cache import decoding_state, forget_state
-from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.config import TABLE_DTYPES, EngramLMConfig
 from engram_lm.model.documents import document_starts
 from engram_lm.model.generation import EngramLMGenerationMixin
 from engram_lm.model.layer import EngramLMDecoderLayer, Reading
@@ -176,7 +176,8 @@ class EngramLMModel(EngramLMPreTrainedModel):
             self.seal = Seal()
             for layer in memory.specification.layers:
                 rows = memory.specification.table_rows(layer)
-                self.tables[str(layer)] = Table(rows, memory.head_dim)
+                dtype = TABLE_DTYPES[config.table_dtype]
+                self.tables[str(layer)] = Table(rows, memory.head_dim, dtype=dtype)
             convs = [module for module in self.modules() if isinstance(module, ShortConv)]
             self.keep = max([memory.specification.lookback, *(conv.reach for conv in convs)])
         self._without_memory = False

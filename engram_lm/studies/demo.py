@@ -24,9 +24,10 @@ from engram_lm.model.presets import preset
 from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
-from engram_lm.train.loop import Run, train
+from engram_lm.train.loop import Run
 from engram_lm.train.provenance import machine
 from engram_lm.train.stream import Continuous
+from engram_lm.train.turns import train
 
 ARMS = {"MoE": "nano-moe", "Engram": "nano-engram"}
 

@@ -43,14 +43,17 @@ class Balancer:
             hook.remove()
 
     @torch.no_grad()
-    def step(self) -> Tensor:
+    def step(self, move: bool = True) -> Tensor:
         """Moves the biases by `rate`; returns how often each expert was chosen since the last
         call, by all workers, (L, E) int64.
+
+        move: False for a step that was not taken: its counts are dropped.
         """
         loads_LE, self.loads_LE = self.workers.sum(self.loads_LE), self._nothing()
         for router, load_E in zip(self.routers.values(), loads_LE, strict=True):
-            direction_E = torch.sign(load_E.float().mean() - load_E)
-            router.e_score_correction_bias.add_(direction_E, alpha=self.rate)
+            if move:
+                direction_E = torch.sign(load_E.float().mean() - load_E)
+                router.e_score_correction_bias.add_(direction_E, alpha=self.rate)
         return loads_LE
 
     def _nothing(self) -> Tensor:

@@ -1,45 +1,248 @@
-"""One file from which a run goes on bit for bit: weights, moments, router bias, step."""
+"""Checkpoints from which a run goes on: OUT/checkpoints/step-00000050, through
+torch.distributed.checkpoint, written by any number of workers and read by any other number.
+
+checkpoint.json holds what a run is compared by (`identity`), its step, and the size of every file.
+A directory without ".partial" in its name is whole: it is written aside, flushed to the disk, and
+renamed, and only then is the one before it removed. Workers see one file system.
+"""
 
 import hashlib
+import json
 import os
 import pickle
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from engram_lm.errors import DataError, MismatchError
+from engram_lm.errors import DataError, EngramError, MismatchError
 
-FILE_NAME = "checkpoint.pt"
-
-
-def save(directory: Path, state: dict[str, Any]) -> None:
-    """Writes aside, then renames: a run that is killed leaves the previous checkpoint whole."""
-    path = directory / FILE_NAME
-    aside = path.with_suffix(".partial")
-    torch.save(state, aside)
-    os.replace(aside, path)
+FILE_NAME = "checkpoint.json"
+FORMAT = "engram-checkpoint"
+VERSION = 1
+_EARLIER = "checkpoint.pt"
+_T = TypeVar("_T")
 
 
-def load(directory: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint of a directory, or None where there is none.
+class Saved(NamedTuple):
+    """What a save took. bytes: of all workers' files."""
 
-    MismatchError where its `identity` (specification, data, training settings) is another.
+    seconds: float
+    bytes: int
+
+
+def save(out: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> Saved:
+    """Writes the checkpoint of record["step"]; all workers call it, and all or none return.
+
+    tensors: the same names on all workers; what workers hold alike is written once. One that is
+    there already stays. DataError, on all workers, where one of them cannot write: the checkpoint
+    before stays whole.
     """
-    path = directory / FILE_NAME
+    started = time.perf_counter()
+    path = out / "checkpoints" / f"step-{record['step']:08d}"
     if not path.exists():
+        writer = _Writer(path, record)
+        with _plainly(path, "cannot be written", "; the checkpoint before it is whole"):
+            state_dict_saver.save(dict(tensors), storage_writer=writer)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return Saved(time.perf_counter() - started, size)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint. shapes: of its tensors, by name."""
+
+    path: Path
+    record: dict[str, Any]
+    shapes: dict[str, TensorStorageMetadata]
+
+    def read(self, tensors: dict[str, Tensor]) -> None:
+        """Fills these tensors in place, each worker its rows; all workers call it.
+
+        MismatchError where names or shapes are others, DataError where a file is damaged.
+        """
+        for names, words in (
+            (tensors.keys() - self.shapes.keys(), "lacks"),
+            (self.shapes.keys() - tensors.keys(), "has more than this run:"),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise MismatchError(f"{self.path}: it {words} {min(names)}{more}")
+        for name, tensor in tensors.items():
+            saved = tuple(self.shapes[name].size)
+            if saved != tuple(tensor.shape):
+                raise MismatchError(
+                    f"{self.path}: {name} has shape {saved}, this run has {tuple(tensor.shape)}"
+                )
+        with _plainly(self.path, "not a whole checkpoint"):
+            state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(self.path))
+
+
+def find(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
+    """The last whole checkpoint of a run's directory, or None where there is none.
+
+    MismatchError where its `identity` (specification, data, training settings) is another, or its
+    form is of another version; DataError where a file is missing or has lost bytes.
+    """
+    return _together(lambda: _find(out, identity))
+
+
+def _find(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
+    if (out / _EARLIER).exists():
+        raise MismatchError(
+            f"{out / _EARLIER}: a checkpoint of an earlier version, which this one cannot read; "
+            "use another --out, or delete it"
+        )
+    paths = [path for path in (out / "checkpoints").glob("step-*") if not path.suffix]
+    if not paths:
         return None
+    path = max(paths, key=lambda path: path.name)
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        recorded = state["identity"]
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: not a whole checkpoint ({error})") from error
+        record = json.loads((path / FILE_NAME).read_text())
+        if (record["format"], record["version"]) != (FORMAT, VERSION):
+            raise MismatchError(f"{path}: version {VERSION} of {FORMAT} is needed")
+        recorded, files = record["identity"], dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a whole checkpoint ({FILE_NAME}: {_reason(error)})"
+        ) from error
     found = difference("", recorded, identity)
     if found is not None:
         raise MismatchError(f"{path}: {found}; use another --out, or delete the directory")
-    return state
+    for name, size in files.items():
+        _check_size(path / name, size)
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path}: not a whole checkpoint ({_reason(error)})") from error
+    shapes = {
+        name: saved
+        for name, saved in metadata.state_dict_metadata.items()
+        if isinstance(saved, TensorStorageMetadata)
+    }
+    return Checkpoint(path, record, shapes)
+
+
+def _check_size(file: Path, size: int) -> None:
+    if not file.exists():
+        raise DataError(f"{file.parent}: not a whole checkpoint ({file.name} is missing)")
+    if file.stat().st_size != size:
+        raise DataError(
+            f"{file.parent}: not a whole checkpoint ({file.name} has {file.stat().st_size} bytes, "
+            f"{size} are recorded)"
+        )
+
+
+class _Writer(FileSystemWriter):
+    """Writes aside. The first worker makes the directory and, when all files are there, names it;
+    an error in either reaches all workers.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        super().__init__(_aside(path))
+        self.final, self.record = path, record
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        for stale in self.final.parent.glob("*.partial"):
+            shutil.rmtree(stale)
+        _aside(self.final).mkdir()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save says where in its own code; why is what it met underway.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        aside, together = _aside(self.final), self.final.parent
+        written = {result.storage_data.relative_path for each in results for result in each}
+        files = {name: (aside / name).stat().st_size for name in (*sorted(written), ".metadata")}
+        record = {"format": FORMAT, "version": VERSION, **self.record, "files": files}
+        with (aside / FILE_NAME).open("w") as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _flush(aside)
+        os.replace(aside, self.final)
+        _flush(together)
+        for earlier in together.glob("step-*"):
+            if earlier != self.final:
+                os.replace(earlier, _aside(earlier))  # so that what keeps its name is whole
+                shutil.rmtree(_aside(earlier))
+
+
+def _aside(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
+def _flush(directory: Path) -> None:
+    """Names, like bytes, are on the disk only after fsync."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _plainly(path: Path, words: str, more: str = "") -> Iterator[None]:
+    """Turns what torch.distributed.checkpoint raises, on all workers, into one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: right
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        where = f" on worker {rank}" if dist.is_initialized() else ""
+        raise DataError(f"{path}: {words}{where} ({_reason(cause)}){more}") from cause
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _together(function: Callable[[], _T]) -> _T:
+    """What it returns; on all workers the first one's error where it fails on any."""
+    result, failed = None, None
+    try:
+        result = function()
+    except EngramError as error:
+        failed = error
+    if dist.is_initialized():
+        failures: list[EngramError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failed)
+        failed = next((each for each in failures if each is not None), None)
+    if failed is not None:
+        raise failed
+    return result  # type: ignore[return-value]
 
 
 def difference(name: str, recorded: Any, wanted: Any) -> str | None:

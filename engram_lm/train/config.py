@@ -21,6 +21,10 @@ class TrainConfig:
     """Of initial weights and of the order of the data."""
     lr: float = 1.6e-2
     table_lr_multiplier: float = 5.0
+    table_optimizer: str = "adam"
+    """Two moments per value; or rowwise: one per row."""
+    table_dtype: str = "fp32"
+    """Of the rows themselves; or bf16, rounded stochastically. Moments are fp32."""
     weight_decay: float = 0.1
     """Of Muon's matrices; embeddings, norms and tables have none."""
     warmup: float = 0.05
@@ -63,7 +67,13 @@ class TrainConfig:
             raise ConfigError(
                 f"warmup={self.warmup}, decay_at={self.decay_at}: shares of all steps"
             )
-        for name, accepted in (("precision", ("bf16", "fp32")), ("attention", ("eager", "sdpa"))):
+        choices = {
+            "precision": ("bf16", "fp32"),
+            "attention": ("eager", "sdpa"),
+            "table_optimizer": ("adam", "rowwise"),
+            "table_dtype": ("fp32", "bf16"),
+        }
+        for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r}: accepted are {' and '.join(accepted)}"

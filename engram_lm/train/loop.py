@@ -2,37 +2,37 @@
 
 A Run is stepped by its caller, so that a study can take turns between two models and the drift of
 the machine falls on both. Everything it leaves is in its directory: config.json, metrics.jsonl,
-tensorboard/, checkpoint.pt and, at the end, model/.
+tensorboard/, checkpoints/ and, at the end, model/.
 """
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
+from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.train import checkpoint, telemetry
 from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches, check_step
 from engram_lm.train.config import TrainConfig
-from engram_lm.train.console import Display
 from engram_lm.train.journal import Journal
 from engram_lm.train.objective import Objective
 from engram_lm.train.optimizers import Optimizers
 from engram_lm.train.parallel import replicate, synchronised
 from engram_lm.train.provenance import command, commit, machine
 from engram_lm.train.sharded_table import shard_tables
-from engram_lm.train.stopping import Stopping
+from engram_lm.train.state import State
 from engram_lm.train.stream import Stream
 from engram_lm.train.telemetry import Telemetry
 from engram_lm.train.workers import Workers
@@ -74,17 +74,22 @@ class Run:
         if self.workers.size > 1:
             shard_tables(model)
         self.objective = objective if self.workers.size == 1 else replicate(objective)
+        _check_dtype(model, config.table_dtype)
         self.optimizers = Optimizers(
             model,
             lr=config.lr,
             table_lr_multiplier=config.table_lr_multiplier,
             weight_decay=config.weight_decay,
+            table_optimizer=config.table_optimizer,
+            seed=config.seed,
         )
+        self.state = State(model, self.optimizers)
         self.balancer = Balancer(model, config.balance_rate, self.workers)
         self.telemetry = Telemetry(model)
         self.step_number = 0
         self.seconds = 0.0
         """Spent in steps, validation and saving left out."""
+        self._saved: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
         self._resume(training)
         self.journal = Journal(out, self.step_number) if self.workers.main else None
@@ -98,16 +103,17 @@ class Run:
         """One optimiser step, and what is due after it; returns what it logged, loss in nats."""
         config = self.config
         started = time.perf_counter()
+        sent = telemetry.exchanged_bytes(self.optimizers.groups.tables)
         self.model.train()
         with self.workers.guard(f"step {self.step_number + 1}"):
             loss = self._backward()
         factor = config.factor(self.step_number)
         self.optimizers.set_factor(factor)
         norm = self.optimizers.clip(config.clip)
-        self.optimizers.step()
+        taken = self.optimizers.step()
+        loads_LE = self.balancer.step(move=taken)
+        found = self._read(loss, norm, loads_LE, taken, sent)
         self.optimizers.zero_grad()
-        loads_LE = self.balancer.step()
-        found = self._read(loss, norm, loads_LE)
         seconds = time.perf_counter() - started
         self.step_number += 1
         self.seconds += seconds
@@ -117,11 +123,12 @@ class Run:
             "tokens": self.step_number * tokens,
             **found,
             "lr": config.lr * factor,
+            "skipped": self.optimizers.skipped,
             "seconds": self.seconds,
             "tokens_per_second": tokens / seconds,
+            **self._saved,
         }
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(f"loss is {record['loss']} at step {self.step_number}")
+        self._saved = {}
         if self.step_number % config.evaluate_every == 0 and not self.done:
             record |= self.validate(config.validation_tokens)
         if self.done:
@@ -152,12 +159,18 @@ class Run:
             total += loss.detach()
         return total
 
-    def _read(self, loss: Tensor, norm: Tensor, loads_LE: Tensor) -> dict[str, float]:
+    def _read(
+        self, loss: Tensor, norm: Tensor, loads_LE: Tensor, taken: bool, sent: int
+    ) -> dict[str, float]:
         """A step's figures, those of all workers taken together."""
-        memory = telemetry.memory_figures(self.model.device)
+        bytes_here = telemetry.memory_figures(self.model.device)
+        if self.workers.size > 1:
+            tables = self.optimizers.groups.tables
+            bytes_here["exchanged_bytes"] = telemetry.exchanged_bytes(tables) - sent
         bytes_of_text = self.batches.text_bytes(self.step_number)
         norms = self.optimizers.gradient_norms
-        apart = torch.tensor([bytes_of_text, *memory.values()], dtype=torch.float64)
+        rows = telemetry.row_sums(self.optimizers.rows, taken)
+        apart = torch.tensor([bytes_of_text, *rows, *bytes_here.values()], dtype=torch.float64)
         sums = torch.cat([loss.double()[None], self.telemetry.take(), apart.to(loss.device)])
         values = telemetry.read(
             {"sums": self.workers.sum(sums), "loads": loads_LE, "gradient_norm": norm}
@@ -166,6 +179,7 @@ class Run:
         loads, (loss_sum, *sums_read) = values.pop("loads"), values.pop("sums")
         size, *together = sums_read[-len(apart) :]
         gates = self.telemetry.gates
+        names = [self.optimizers.table_names[table] for table in self.optimizers.groups.tables]
         nats = loss_sum / self.workers.size
         tokens = self.config.batch * self.config.context
         return {
@@ -174,7 +188,8 @@ class Run:
             **{name: value for name, (value,) in values.items()},
             **telemetry.load_figures(self.balancer.routers, loads),
             **telemetry.gate_figures(gates, self.telemetry.streams, sums_read[: -len(apart)]),
-            **dict(zip(memory, together, strict=True)),
+            **telemetry.row_figures(names, together[: len(rows)]),
+            **dict(zip(bytes_here, together[len(rows) :], strict=True)),
         }
 
     def validate(self, tokens: int) -> dict[str, float]:
@@ -195,20 +210,17 @@ class Run:
         return {"validation_loss": total / len(losses), "validation_bpb": bits}
 
     def save_checkpoint(self) -> None:
-        """Everything that going on needs, atomically."""
-        if self.journal is None:
-            return
-        self.journal.sync()
-        checkpoint.save(
-            self.out,
-            {
-                "identity": self._identity,
-                "step": self.step_number,
-                "seconds": self.seconds,
-                "model": self.model.state_dict(),
-                "optimizers": self.optimizers.state_dict(),
-            },
-        )
+        """Everything that going on needs, atomically; time and size are logged a step later."""
+        if self.journal is not None:
+            self.journal.sync()
+        record = {
+            "identity": self._identity,
+            "step": self.step_number,
+            "seconds": self.seconds,
+            "skipped": [self.optimizers.skipped, self.optimizers.skipped_in_a_row],
+        }
+        saved = checkpoint.save(self.out, self.state.tensors(), record)
+        self._saved = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.bytes}
 
     def export(self) -> None:
         """The model in `out/model`, as from_pretrained reads it, with its tokenizer."""
@@ -232,16 +244,14 @@ class Run:
         memory = self.model.config.memory_config
         if memory is not None:
             self._identity["specification_sha256"] = memory.specification.digest
-        state = checkpoint.load(self.out, self._identity)
-        if state is None:
+        found = checkpoint.find(self.out, self._identity)
+        if found is None:
             return
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:  # written by a version whose models had other tensors
-            reason = " ".join(str(error).split())
-            raise MismatchError(f"{self.out / checkpoint.FILE_NAME}: {reason}") from error
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.step_number, self.seconds = state["step"], state["seconds"]
+        self.state.load(found)
+        self.step_number, self.seconds = found.record["step"], found.record["seconds"]
+        self.optimizers.skipped, self.optimizers.skipped_in_a_row = found.record["skipped"]
+        if self.workers.main:
+            print(f"going on from step {self.step_number} ({found.path})", file=sys.stderr)
 
     def _describe(self) -> None:
         if self.journal is None:
@@ -257,27 +267,10 @@ class Run:
         self.journal.describe({**self._identity, "ledger": counts}, start)
 
 
-def train(runs: list[Run], names: list[str]) -> None:
-    """Steps the runs in turn until all are done, showing the progress of each.
-
-    On SIGTERM, or on Ctrl-C, saves all between two steps and raises SystemExit: status 143, 130.
-    """
-    workers = runs[0].workers
-    steps = [run.config.steps for run in runs]
-    done = [run.step_number for run in runs]
-    console = Console(stderr=True, quiet=not workers.main)
-    with Stopping(workers) as stopping, Display(names, steps, done, console) as display:
-        while not all(run.done for run in runs):
-            if stopping.due():
-                break
-            for index, run in enumerate(runs):
-                if not run.done:
-                    display.show(index, run.step())
-        else:
-            return
-        for run in runs:
-            run.save_checkpoint()
-            run.close()
-    at = ", ".join(f"step {run.step_number} of {run.config.steps} in {run.out}" for run in runs)
-    console.print(f"asked to stop: saved at {at}; the same command goes on", soft_wrap=True)
-    raise SystemExit(stopping.status)
+def _check_dtype(model: EngramLMForCausalLM, table_dtype: str) -> None:
+    for name, table in model.model.tables.items():
+        if table.weight.dtype != TABLE_DTYPES[table_dtype]:
+            raise MismatchError(
+                f"table_dtype={table_dtype!r}: the model's table of layer {name} is "
+                f"{table.weight.dtype}; make it with table_dtype={table_dtype!r} as well"
+            )

@@ -9,7 +9,7 @@ Shapes: L layers with a gate or a router, S streams, N tokens of a micro-batch, 
 import os
 import resource
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from engram_lm.memory.fuse import Gate
+from engram_lm.memory.table import Table
 from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.train.row_optimizer import RowOptimizer
+from engram_lm.train.sharded_table import ShardedTable
 
 SHUT, OPEN = 0.05, 0.95
 """A gate beyond them is saturated: its gradient is below a fifth of what it is at one half."""
@@ -104,6 +107,42 @@ def load_figures(layers: Collection[int], loads: list[float]) -> dict[str, float
         found[f"expert_load_min/layer_{layer}"] = smallest.item()
         found["expert_load"] = max(found["expert_load"], largest.item())
     return found
+
+
+def row_sums(optimizer: RowOptimizer | None, taken: bool) -> list[float]:
+    """Of each table here, what adds up over workers: rows moved so far, rows, the sum of squares of
+    the step's update over values per row, rows moved by it. taken: False for a step left out.
+    """
+    if optimizer is None:
+        return []
+    found: list[float] = []
+    sizes = zip(optimizer.tables, optimizer.touched(), optimizer.update_rms(), strict=True)
+    for table, touched, rms in sizes:
+        gradient = table.row_gradient
+        moved = len(gradient.rows_U) if taken and gradient is not None else 0
+        found += [touched, table.weight.shape[0], rms * rms * moved, moved]
+    return found
+
+
+def row_figures(names: list[str], sums: list[float]) -> dict[str, float]:
+    """Share of each table's rows moved so far, and root mean square of the step over the rows it
+    moved. sums: of `row_sums`.
+    """
+    found: dict[str, float] = {}
+    for index, name in enumerate(names):
+        touched, rows, squares, moved = sums[4 * index : 4 * index + 4]
+        found[f"rows_touched/{name}"] = touched / rows
+        found[f"row_update/{name}"] = (squares / max(1.0, moved)) ** 0.5
+    return found
+
+
+def exchanged_bytes(tables: Sequence[Table]) -> int:
+    """What this worker has sent to others for the rows of these tables, so far."""
+    traffic = [table.traffic for table in tables if isinstance(table, ShardedTable)]
+    return sum(
+        each.id_bytes + each.row_bytes + each.gradient_bytes + each.replica_bytes
+        for each in traffic
+    )
 
 
 def memory_figures(device: torch.device) -> dict[str, float]:
