@@ -20,7 +20,7 @@ from engram_lm.errors import ConfigError
 from engram_lm.train.workers import Workers
 
 WORKER = Path(sharded_worker.__file__)
-TWO = ("ddp", "fsdp", "fsdp-muon:2", "uneven:5", "fsdp-accumulated:3", "one-sided:5")
+TWO = ("ddp", "fsdp", "fsdp-muon:1", "uneven:5", "fsdp-accumulated:3", "one-sided:5")
 TWO += ("replicated:5",)
 FOUR = ("pairs:5", "no-tokens:5")
 
@@ -93,10 +93,12 @@ def check_equal(launched: Launch, name: str) -> None:
     assert all(map(torch.equal, ours["biases"], theirs["biases"]))
     # Twenty steps of that, each with weights a little off; moments are sums over all of them.
     # Muon's rounds are in bfloat16, where a last bit of a product may turn over: 2^-8 of a step.
-    near = 1e-2 if settings(name).get("muon") else 1e-4
+    muon, steps = settings(name).get("muon"), settings(name)["steps"]
+    near = 1e-2 if muon else 1e-4
     for what in ("losses", "norms", "validation", "tables", "parameters"):
         assert furthest(ours[what], theirs[what]) < near, what
-    assert furthest(ours["moments"], theirs["moments"]) < 10 * near
+    if not muon or steps == 1:  # a token whose expert turns over gives its rows other gradients
+        assert furthest(ours["moments"], theirs["moments"]) < 1e-3
 
 
 @pytest.mark.parametrize("name", TWO)

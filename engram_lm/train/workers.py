@@ -151,7 +151,7 @@ def lost(error: RuntimeError, rank: int, size: int, doing: str) -> RuntimeError 
     collective = isinstance(error, dist.DistError) or "gloo/" in said or "ProcessGroup" in said
     if not collective:
         return error
-    line = said.splitlines()[0].rpartition("] ")[2] if said else type(error).__name__
+    line = said.splitlines()[0].rpartition("] ")[2].split(". ")[0] if said else type(error).__name__
     return WorkerError(
         f"worker {rank} of {size}: another worker died or does not answer ({doing}: {line[:200]})"
     )
