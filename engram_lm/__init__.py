@@ -43,6 +43,7 @@ _HOMES = {
     "replicate_tables": "engram_lm.train.replicas",
     "shard_tables": "engram_lm.train.sharded_table",
     "twin": "engram_lm.model.twin",
+    "unallocated": "engram_lm.memory.table",
 }
 
 __all__ = sorted(_HOMES)

@@ -34,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 1
+    except OSError as error:  # a directory that may not be written, a disk that is full
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"engram {parsed.verb}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"engram {parsed.verb}: interrupted", file=sys.stderr)
         return 130

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.cli.settings import opening, prepare, setting, settings, train_config
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError
 
 HELP = "Train one model on the WordNet corpus, or on what `engram data` made."
 
@@ -25,7 +25,6 @@ def options(add: Callable[..., Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from engram_lm.memory.canonical import backend_of, vocabulary_size
     from engram_lm.model.presets import configure, for_vocabulary, preset
     from engram_lm.train import initial, text
     from engram_lm.train.allocator import keep_freed_memory
@@ -58,27 +57,27 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         found = text.token_shards(arguments.data, workers)
     tokenizer, encoder = found.tokenizer, found.encoder
-    if encoder is not None:
-        model_config = for_vocabulary(
-            model_config,
-            token_ids=encoder.token_ids,
-            separator_id=encoder.separator_id,
-            padding_id=encoder.padding_id,
-        )
+    saved = None
     with workers.main_first("what belongs together"):
-        if model_config.memory is not None and config.table_dtype != "fp32":
-            changes["model"].setdefault("table_dtype", config.table_dtype)
-        model_config = configure(model_config, changes["model"])
-        token_ids = vocabulary_size(backend_of(tokenizer))
-        if model_config.vocab_size < token_ids:
-            raise MismatchError(
-                f"vocab_size={model_config.vocab_size}: the tokenizer has {token_ids} token ids"
-            )
         check_step(found.training, config, workers)
-    if arguments.origin is not None:
-        name = str(arguments.origin)
-        with opening(arguments.origin):
-            model = initial.load(arguments.origin, tokenizer, workers)
+        if arguments.origin is not None:
+            name = str(arguments.origin)
+            with opening(arguments.origin):
+                saved = initial.read(arguments.origin, tokenizer)
+        else:
+            if encoder is not None:
+                model_config = for_vocabulary(
+                    model_config,
+                    token_ids=encoder.token_ids,
+                    separator_id=encoder.separator_id,
+                    padding_id=encoder.padding_id,
+                )
+            if model_config.memory is not None and config.table_dtype != "fp32":
+                changes["model"].setdefault("table_dtype", config.table_dtype)
+            model_config = configure(model_config, changes["model"])
+            initial.check_vocabulary(model_config, tokenizer)
+    if saved is not None:
+        model = initial.load(saved, workers)
     else:
         model = initial.fresh(model_config, tokenizer, workers, config.seed)
     run = Run(
@@ -89,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         training=found.training,
         validation=found.validation,
         workers=workers,
+        origin=None if saved is None else saved.sha256,
     )
     if workers.main and not arguments.json:
         print(

@@ -1,6 +1,6 @@
 """New rows of a table that depend on a seed and on their row numbers alone.
 
-However a table is cut over workers, and however far it is grown, its rows are the same bits.
+However a table is cut over workers, its rows are the same bits.
 Shapes: N rows, E values per row.
 """
 

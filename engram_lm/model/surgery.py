@@ -131,8 +131,12 @@ def _rebuild(model: Model, memory: MemoryConfig) -> Model:
     decoder: Any = rebuilt.base_model
     fuses = [decoder.layers[layer].engram for layer in memory.specification.layers]
     own = [part for root in (decoder.tables, *fuses) for part in root.modules()]
+    for fuse in fuses:
+        fuse.to(model.dtype)
+    if config.table_dtype is None:
+        decoder.tables.to(model.dtype)
     for root in (decoder.tables, *fuses):
-        root.to(model.dtype).to_empty(device=model.device)
+        root.to_empty(device=model.device)
     for part in own:
         rebuilt._init_weights(part)
     for fuse in fuses:

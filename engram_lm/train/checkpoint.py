@@ -6,7 +6,6 @@ A directory without ".partial" in its name is whole: it is written aside, flushe
 renamed, and only then is the one before it removed. Workers see one file system.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -19,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from engram_lm.errors import DataError, MismatchError
+from engram_lm.train.identity import difference
 from engram_lm.train.together import Together, reason
 from engram_lm.train.workers import lost
 
@@ -61,14 +59,15 @@ class Checkpoints:
         """
         started = time.perf_counter()
         path = self.out / "checkpoints" / f"step-{record['step']:08d}"
-        if not path.exists():
+        if not self.together.tell(path.exists()):
             with self._plainly(path, "cannot be written", "; the checkpoint before it is whole"):
                 state_dict_saver.save(
                     dict(tensors),
                     storage_writer=_Writer(path, record),
                     process_group=self.together.group,
                 )
-        size = sum(file.stat().st_size for file in path.iterdir())
+        files = path.iterdir() if self.together.main else ()
+        size = self.together.tell(sum(file.stat().st_size for file in files))
         return Saved(time.perf_counter() - started, size)
 
     def last(self, identity: dict[str, Any]) -> "Checkpoint | None":
@@ -237,20 +236,3 @@ def _flush(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def difference(name: str, recorded: Any, wanted: Any) -> str | None:
-    """The first leaf in which two nested records differ, in words."""
-    if isinstance(recorded, dict) and isinstance(wanted, dict):
-        for key in sorted(recorded.keys() | wanted.keys()):
-            inside = f"{name}.{key}" if name else key
-            found = difference(inside, recorded.get(key), wanted.get(key))
-            if found is not None:
-                return found
-        return None
-    return None if recorded == wanted else f"{name} is {recorded!r}, this run has {wanted!r}"
-
-
-def sha256(ids: npt.NDArray[np.integer]) -> str:
-    """Of a token stream: a run goes on only with the data it began with."""
-    return hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()

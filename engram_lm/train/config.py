@@ -40,8 +40,8 @@ class TrainConfig:
     """Parts that keep their values: tables, tables.LAYER, fusion or backbone."""
     precision: str = "bf16"
     """bf16 autocast, or fp32."""
-    backbone: str = "replicated"
-    """On several workers, whole on each (DDP); or sharded (fully_shard). Tables always are."""
+    backbone: str = "ddp"
+    """On several workers, whole on each; or fully_shard, a part on each, as tables always are."""
     attention: str = "eager"
     """Of transformers: eager or sdpa, whose backward is slow on a CPU at short contexts."""
     evaluate_every: int = 45
@@ -73,7 +73,7 @@ class TrainConfig:
             )
         choices = {
             "precision": ("bf16", "fp32"),
-            "backbone": ("replicated", "sharded"),
+            "backbone": ("ddp", "fully_shard"),
             "attention": ("eager", "sdpa"),
             "table_optimizer": ("adam", "rowwise"),
             "table_dtype": ("fp32", "bf16"),

@@ -18,6 +18,9 @@ from engram_lm.train.workers import PATIENCE, lost
 
 T = TypeVar("T")
 
+_BLOCK = 2**26
+"""Bytes of rows sent at once."""
+
 
 class Answer(Generic[T]):
     """What a job will give."""
@@ -95,6 +98,17 @@ class Exchange:
         parts = [_bytes(part) for part in everyone]
         _finish(dist.all_gather(parts, _bytes(padded), self._group, async_op=True))
         return [part[:size] for part, size in zip(everyone, sizes_W, strict=True)]
+
+    def spread(self, values_NE: Tensor) -> None:
+        """Overwrites everyone's rows with those of the first worker of the group."""
+
+        def send() -> None:
+            for block_NE in values_NE.split(max(1, _BLOCK // max(1, values_NE[:1].nbytes))):
+                _finish(
+                    dist.broadcast(_bytes(block_NE), group=self._group, group_src=0, async_op=True)
+                )
+
+        self.submit(send).wait()
 
     def _work(self) -> None:
         while True:

@@ -59,7 +59,10 @@ def export(model: EngramLMForCausalLM, tokenizer: Any, directory: Path, together
 
     together.do(scratch, make_room)
     together.do(scratch, write_rows)
-    state = {name: tensor for name, tensor in _whole(model) if name not in tables}
+    state = {}
+    for name, tensor in _whole(model):  # collective under fully_shard; kept by the first alone
+        if together.main and name not in tables:
+            state[name] = tensor
     together.do(directory, save)
 
 

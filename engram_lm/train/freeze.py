@@ -11,7 +11,8 @@ def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
     """Takes parts out of training: they get no gradient, no moments and no update.
 
     Accepted are `tables` (the rows of all layers), `tables.1` (those of layer 1), `fusion` (what
-    turns rows into an update) and `backbone` (all the rest). ConfigError for another name.
+    turns rows into an update) and `backbone` (all the rest). ConfigError for another name,
+    or where nothing is left to train.
     """
     parts = _parts(model)
     for name in names:
@@ -20,6 +21,8 @@ def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         for parameter in parts[name]:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"frozen={', '.join(names)}: nothing is left to train")
 
 
 def _parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -41,7 +41,8 @@ def param_groups(
 class JointOptimizer(torch.optim.Optimizer):
     """Muon, Adam and row Adam as one; `step` first clips the joint norm of all gradients, rows too.
 
-    clip: that norm's limit, None for no limit. `norm`: what the last step found, a scalar.
+    clip: that norm's limit, None for no limit. `norm`: what the last step found, a scalar;
+    `taken`: False where it was not finite, and nothing moved.
     Schedulers scale each group's own learning rate. Row gradients are used up by `step`.
     """
 
@@ -61,6 +62,7 @@ class JointOptimizer(torch.optim.Optimizer):
         )
         self.clip = float("inf") if clip is None else clip
         self.norm: Tensor | None = None
+        self.taken = True
         super().__init__(self._groups(), {})
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -75,7 +77,7 @@ class JointOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.norm = self.optimizers.clip(self.clip)
-        self.optimizers.step()
+        self.taken = self.optimizers.step()
         for table in self.optimizers.groups.tables:
             table.row_gradient = None
         return loss

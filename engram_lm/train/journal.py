@@ -26,7 +26,7 @@ class Journal:
         kept = [line for line in read_metrics(out) if line["step"] <= step]
         _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def describe(self, record: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Writes config.json: the run's record, and `start` behind the starts it had before."""

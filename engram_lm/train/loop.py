@@ -42,12 +42,16 @@ from engram_lm.train.telemetry import Telemetry
 from engram_lm.train.together import Together
 from engram_lm.train.workers import Workers
 
+_NOT_OF_A_MODEL = ("transformers_version", "_name_or_path")
+"""What a saved configuration says of how it was saved."""
+
 
 class Run:
     """One model being trained. Goes on from the checkpoint in `out`, bit for bit, where there is
     one.
 
     training, validation: token streams, of whose documents the model is told where they start.
+    origin: of the saved model that the weights are from; the run goes on only with the same.
     workers: those that share each step's sequences; all make the same Run, and main writes.
     ConfigError or DataError where there is not a sequence for each of their micro-batches.
     """
@@ -62,6 +66,7 @@ class Run:
         training: Stream,
         validation: Stream,
         workers: Workers | None = None,
+        origin: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config, self.out = model, tokenizer, config, out
         self.validation, self.workers = validation, workers or Workers()
@@ -82,7 +87,7 @@ class Run:
         _check_dtype(model, config.table_dtype)
         self.objective: Objective | DistributedDataParallel = objective
         if self.workers.size > 1:
-            each_whole = config.backbone == "replicated"
+            each_whole = config.backbone == "ddp"
             self.objective = replicate(objective) if each_whole else shard(objective)
         self.optimizers = Optimizers(
             model,
@@ -102,7 +107,7 @@ class Run:
         """Spent in steps, validation and saving left out."""
         self._saved: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
-        self._resume(training)
+        self._resume(training, origin)
         self.journal = Journal(out, self.step_number) if self.workers.main else None
         self._describe()
 
@@ -111,13 +116,19 @@ class Run:
         return self.step_number >= self.config.steps
 
     def step(self) -> dict[str, float]:
-        """One optimiser step, and what is due after it; returns what it logged, loss in nats."""
+        """One optimiser step, and what is due after it; returns what it logged, loss in nats.
+
+        WorkerError where another worker is lost.
+        """
+        with self.workers.guard(f"step {self.step_number + 1}"):
+            return self._step()
+
+    def _step(self) -> dict[str, float]:
         config = self.config
         started = time.perf_counter()
-        sent = telemetry.exchanged_bytes(self.optimizers.groups.tables)
+        sent = telemetry.exchanged_bytes(self.model.model.tables.values())
         self.model.train()
-        with self.workers.guard(f"step {self.step_number + 1}"):
-            loss = self._backward()
+        loss = self._backward()
         factor = config.factor(self.step_number)
         self.optimizers.set_factor(factor)
         norm = self.optimizers.clip(config.clip)
@@ -146,10 +157,10 @@ class Run:
             record |= self.validate(len(self.validation))
         if self.journal is not None:
             self.journal.write(record)
+        if self.done:
+            self.export()  # first: a run that is killed here takes its last steps again
         if self.done or self.step_number % config.checkpoint_every == 0:
             self.save_checkpoint()
-        if self.done:
-            self.export()
         return record
 
     def _backward(self) -> Tensor:
@@ -176,7 +187,7 @@ class Run:
         """A step's figures, those of all workers taken together."""
         bytes_here = telemetry.memory_figures(self.model.device)
         if self.workers.size > 1:
-            tables = self.optimizers.groups.tables
+            tables = self.model.model.tables.values()
             bytes_here["exchanged_bytes"] = telemetry.exchanged_bytes(tables) - sent
         bytes_of_text = self.batches.text_bytes(self.step_number)
         norms = self.optimizers.gradient_norms
@@ -241,12 +252,15 @@ class Run:
         self.balancer.close()
         self.telemetry.close()
 
-    def _resume(self, training: Stream) -> None:
+    def _resume(self, training: Stream, origin: str | None) -> None:
+        model = json.loads(self.model.config.to_json_string(use_diff=False))
         self._identity = {
             "train": json.loads(json.dumps(asdict(self.config))),
-            "model": json.loads(self.model.config.to_json_string(use_diff=False)),
+            "model": {name: value for name, value in model.items() if name not in _NOT_OF_A_MODEL},
             "data_sha256": training.sha256,
         }
+        if origin is not None:
+            self._identity["origin_sha256"] = origin
         memory = self.model.config.memory_config
         if memory is not None:
             self._identity["specification_sha256"] = memory.specification.digest

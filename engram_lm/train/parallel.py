@@ -18,12 +18,16 @@ from engram_lm.memory.table import Table
 from engram_lm.train.objective import Objective
 
 
-def replicate(objective: Objective) -> DistributedDataParallel:
-    """The objective under DDP: every worker holds the whole backbone.
+def replicate(objective: Objective) -> DistributedDataParallel | Objective:
+    """The objective under DDP: every worker holds the whole backbone. As it is where rows alone
+    are trained, which DDP refuses.
 
     Buffers are not sent before each step: the router's bias moves by the load of all workers, and
     so is the same on each already.
     """
+    tables = {table.weight for _, table in _tables(objective)}
+    if not any(p.requires_grad for p in objective.parameters() if p not in tables):
+        return objective
     outside = [f"{name}.weight" for name, _ in _tables(objective)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, outside)
     device = objective.model.device
@@ -68,7 +72,8 @@ def synchronised(module: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Inside, the model may be called without its objective, as validation does."""
+    """Inside, the model may be called without its objective, as validation does; after the first
+    step, in which fully_shard learns which module is outermost."""
     if not isinstance(module, FSDPModule):
         yield
         return

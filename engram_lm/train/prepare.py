@@ -29,7 +29,7 @@ from rich.progress import (
 )
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
-from engram_lm.train import checkpoint, shards
+from engram_lm.train import identity, shards
 from engram_lm.train.digests import Digests
 from engram_lm.train.documents import Part, parts
 from engram_lm.train.encoder import Encoder
@@ -282,7 +282,7 @@ def _batches(documents: Iterable[Read], characters: int) -> Iterator[list[Read]]
 
 def _same(out: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
     """MismatchError unless what `out` was begun with is what is asked for now."""
-    found = checkpoint.difference("", {key: recorded[key] for key in wanted}, wanted)
+    found = identity.difference("", {key: recorded[key] for key in wanted}, wanted)
     if found is None:
         return
     if found.startswith("files_sha256"):

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from engram_lm.errors import AddressError, ConfigError
 from engram_lm.memory.initial_rows import draw_rows
 from engram_lm.memory.table import Merged, Request, RowGradient, Table, TrainedRead
+from engram_lm.model.traffic import ID_BYTES, owned
 from engram_lm.train.exchange import Answer, Exchange
-
-ID_BYTES = torch.int64.itemsize
 
 
 @dataclass
@@ -71,8 +70,7 @@ class ShardedTable(Table):
     ) -> None:
         rank, size = (0, 1) if shards is None else (shards.rank, shards.size)
         self.chunk = -(-rows // size)
-        self.first_row = min(rank * self.chunk, rows)
-        last_row = min(self.first_row + self.chunk, rows)
+        self.first_row, last_row = owned(rows, size)[rank]
         self.rows, self.shards, self.replicas = rows, shards, replicas
         self.workers = size * (1 if replicas is None else replicas.size)
         self.traffic = Traffic()
@@ -254,9 +252,10 @@ def shard_tables(
 
     group: the workers that hold one copy of the tables together; None for all of them. replicas:
     those that hold the same rows in other such groups (`Workers.grid` makes both). Rows that the
-    model has are kept. Tables made inside `unallocated()`, which may be larger than a worker's
-    memory, are drawn from `seed` with deviation `std`: the same rows for any number of workers, one
-    too. Every worker calls it. ConfigError where the groups leave workers out.
+    model has are kept, those of the first replica by all. Tables made inside `unallocated()`, which
+    may be larger than a worker's memory, are drawn from `seed` with deviation `std`: the same rows
+    for any number of workers, one too. Every worker calls it. ConfigError where the groups leave
+    workers out.
     """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     shards = copies = None
@@ -281,6 +280,8 @@ def shard_tables(
             draw_rows(part.weight, first_row=part.first_row, std=std, seed=(seed or 0, index))
         else:
             part.weight.data.copy_(whole.weight[part.first_row : part.last_row])
+            if copies is not None:
+                copies.spread(part.weight.data)
         part.weight.requires_grad_(whole.weight.requires_grad)
         model.set_submodule(name, part)
         result.append(part)

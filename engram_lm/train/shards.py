@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from engram_lm.errors import DataError, MismatchError
-from engram_lm.train import checkpoint
+from engram_lm.train import identity
 from engram_lm.train.encoder import Encoder
 from engram_lm.train.stream import Ids, Starts
 
@@ -246,7 +246,7 @@ def _check(path: Path, number: int, entry: dict[str, Any], encoder: Encoder) -> 
             found = hashlib.file_digest(content, "sha256").hexdigest()
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{path}: no token shard can be read ({error})") from error
-    difference = checkpoint.difference("", recorded, label(number, encoder))
+    difference = identity.difference("", recorded, label(number, encoder))
     if difference is not None:
         raise MismatchError(f"{path}: belongs elsewhere: {difference}")
     if found != entry["sha256"]:

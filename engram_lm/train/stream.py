@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engram_lm.train import checkpoint
+from engram_lm.train import identity
 
 Ids = npt.NDArray[np.integer]
 Starts = npt.NDArray[np.bool_]
@@ -44,7 +44,7 @@ class Continuous:
 
     @property
     def sha256(self) -> str:
-        return checkpoint.sha256(self.ids_T)
+        return identity.sha256(self.ids_T)
 
     def __len__(self) -> int:
         return len(self.ids_T)

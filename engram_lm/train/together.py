@@ -60,6 +60,17 @@ class Together:
             raise failure
         return result  # type: ignore[return-value]
 
+    def tell(self, value: T) -> T:
+        """The first worker's value, on all of them: what one has looked up, all act on."""
+        if self.group is None:
+            return value
+        told = [value]
+        try:
+            dist.broadcast_object_list(told, group_src=0, group=self.group)
+        except RuntimeError as error:
+            raise lost(error, self.rank, self.size, "the first worker's answer") from error
+        return told[0]
+
 
 def reason(error: BaseException) -> str:
     """Why, in one line."""

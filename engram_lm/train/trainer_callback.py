@@ -40,6 +40,11 @@ class EngramCallback(TrainerCallback):
                 f"max_grad_norm={args.max_grad_norm}: it does not see the gradients of rows; set 0 "
                 "and give JointOptimizer the limit, as clip"
             )
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs in one process: Trainer would copy the tables and drop their "
+                "gradients; start a process for each GPU with torchrun"
+            )
         if args.fp16:
             raise ConfigError("fp16=True: its scaler does not see the gradients of rows; set bf16")
         _check_tables(model, optimizer, args.world_size)
@@ -47,11 +52,20 @@ class EngramCallback(TrainerCallback):
         self.balancer = Balancer(model, self.balance_rate, workers)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Moves the routing biases by the loads of all workers."""
+        """Moves the routing biases by the loads of all workers; not after a step that was skipped.
+
+        accelerate wraps the optimiser.
+        """
         assert self.balancer is not None
-        self.balancer.step()
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.balancer.step(move=getattr(inner, "taken", True))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,6 +21,8 @@ PATIENCE = timedelta(seconds=50)
 """How long a collective waits for another worker. A worker that dies closes its connections and is
 noticed at once; this is for one that hangs, or whose machine is gone."""
 
+_FAILED = "failed"
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
 
@@ -79,14 +81,23 @@ class Workers:
 
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:
-        """Inside, main is alone until it has left; the others wait for it as long as it takes."""
+        """Inside, main is alone until it has left; the others wait for it as long as it takes.
+
+        Where it fails, main raises, and the others end with exit status 2 and no word.
+        """
         note = f"engram_lm/done/{what}"
         with self.guard(f"waiting for {what}"):
             while not self.main and not self.store.check([note]):
                 time.sleep(0.05)
-        yield
-        if self.main and self.size > 1:
-            self.store.set(note, "")
+            if not self.main and self.store.get(note) == _FAILED.encode():
+                raise SystemExit(2)  # main has said why
+        outcome = _FAILED
+        try:
+            yield
+            outcome = ""
+        finally:
+            if self.main and self.size > 1:
+                self.store.set(note, outcome)
 
     def share(self, total: int) -> range:
         """This worker's part of `total` things: contiguous, sizes differing by 1 at most.
