@@ -230,7 +230,7 @@ def test_param_groups_go_with_any_optimiser_and_a_row_optimiser_beside_it():
 
 def test_what_would_treat_rows_wrongly_is_refused_in_one_line():
     model = tiny_trained()
-    good = {"max_grad_norm": 0.0, "fp16": False, "world_size": 1}
+    good = {"max_grad_norm": 0.0, "fp16": False, "world_size": 1, "n_gpu": 0}
     joint = JointOptimizer(model, lr=0.01)
     for settings, optimizer, words in (
         ({"max_grad_norm": 1.0}, joint, "max_grad_norm=1.0: it does not see the gradients of rows"),
@@ -262,7 +262,9 @@ def test_two_workers_train_and_resume_as_one_does(whole, tmp_path):
     assert differing(first["whole"], second["whole"]) == []
     for found in (first, second):
         assert differing(found["whole"], found["resumed"]) == []
-        assert found["refused"].startswith("model.tables.0: each of 2 workers would train rows of")
+        assert found["refused"].startswith(
+            "a table of one worker among 2: its rows would part from"
+        )
     # The same eight sequences a step, four a worker, with unequal counts of labels.
     for name in ("whole", "accumulated"):
         assert_alike(tmp_path / name, first[f"{name}_losses"], losses(run), out)

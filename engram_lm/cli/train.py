@@ -48,9 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     workers = Workers.join(arguments.device)
     # A mistake in what all workers were given is told once, by main.
     with workers.main_first("the settings"):
-        config = train_config(
-            TrainConfig(tokens=arguments.tokens, seed=arguments.seed), changes["train"]
-        )
+        given = {"tokens": arguments.tokens, "seed": arguments.seed}
+        config = train_config(TrainConfig(), given | changes["train"])
         model_config = preset(name)
     if arguments.data is None:
         found = text.wordnet(config.tokens + 1, workers)

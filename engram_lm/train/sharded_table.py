@@ -236,7 +236,8 @@ def check_shared(tables: Iterable[Table]) -> None:
     if any(not isinstance(table, ShardedTable) for table in tables):
         raise ConfigError(
             f"a table of one worker among {dist.get_world_size()}: its rows would part from the "
-            "others'; call shard_tables(model) before the optimiser is made"
+            "others'; call shard_tables(model), or replicate_tables(model) for DDP outside of our "
+            "loop, before the optimiser is made"
         )
 
 
