@@ -19,7 +19,8 @@ from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
 from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
-from engram_lm.train.loop import Run, read_metrics
+from engram_lm.train.journal import read_metrics
+from engram_lm.train.loop import Run
 from engram_lm.train.optimizers import Optimizers
 
 SMALL = replace(CONFIG, tokens=5 * 4 * 32, evaluate_every=100)

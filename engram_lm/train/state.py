@@ -67,7 +67,8 @@ class State:
         self.optimizers.skipped, self.optimizers.skipped_in_a_row = skipped.tolist()
         if self.optimizers.rows is not None:  # they count on the CPU, wherever the rows are
             for state in self.optimizers.rows.state.values():
-                state["step"] = state["step"].cpu()
+                if state:  # none before the first step
+                    state["step"] = state["step"].cpu()
         self.model.load_state_dict(
             {name.removeprefix("model."): buffer for name, buffer in buffers.items()}, strict=False
         )
