@@ -215,7 +215,7 @@ def test_each_start_of_a_run_is_recorded(make_run, tmp_path, monkeypatch):
     assert record["train"]["micro_batches"] == 1
     assert [start["step"] for start in record["starts"]] == [0, 2]
     for start in record["starts"]:
-        assert "pytest" in start["command"] and start["machine"]["torch"] == torch.__version__
+        assert "python" in start["command"] and start["machine"]["torch"] == torch.__version__
         assert start["commit"] == "unknown" or len(start["commit"]) >= 12
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
     assert resumed.step_number == 2
