@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
@@ -64,7 +65,7 @@ def main(out: Path) -> None:
     assert all(table.row_gradient is not None for table in tables)
     traffic = [vars(table.traffic) for table in tables]
     (out / f"{workers.rank}.json").write_text(json.dumps({"traffic": traffic, "handed": handed}))
-    workers.barrier()
+    dist.barrier()
     workers.close()
 
 

@@ -1,5 +1,6 @@
 """One of two workers under transformers.Trainer; test_trainer.py starts it through torchrun."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def main(out: Path) -> None:
         ("resumed", 5, {"per_device_train_batch_size": 4}, out / "whole" / "checkpoint-3"),
         ("accumulated", 0, parts, None),
     ):
-        model = tiny_trained(seed)
+        # Another model on each worker: the first one's weights and rows are what all train.
+        model = tiny_trained(seed + 10 * int(os.environ["RANK"]))
         run = replicated_trainer(model, out / name, **batches)
         run.train(resume_from_checkpoint=None if origin is None else str(origin))
         found[name], found[f"{name}_losses"] = bits(model), losses(run)

@@ -28,8 +28,7 @@ def replicate(objective: Objective) -> DistributedDataParallel | Objective:
     tables = {table.weight for _, table in _tables(objective)}
     if not any(p.requires_grad for p in objective.parameters() if p not in tables):
         return objective
-    outside = [f"{name}.weight" for name, _ in _tables(objective)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, outside)
+    leave_tables_out(objective)
     device = objective.model.device
     return DistributedDataParallel(
         objective,
@@ -37,6 +36,12 @@ def replicate(objective: Objective) -> DistributedDataParallel | Objective:
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def leave_tables_out(module: nn.Module) -> None:
+    """Has DDP neither send the tables of a module nor wait for gradients of theirs."""
+    outside = [f"{name}.weight" for name, _ in _tables(module)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, outside)
 
 
 def shard(objective: Objective, mesh: DeviceMesh | None = None) -> Objective:

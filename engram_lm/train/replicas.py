@@ -2,9 +2,8 @@
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from engram_lm.memory.table import Table
+from engram_lm.train.parallel import leave_tables_out
 from engram_lm.train.sharded_table import shard_tables
 from engram_lm.train.workers import Workers
 
@@ -18,5 +17,4 @@ def replicate_tables(model: nn.Module) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     shard_tables(model, *Workers(dist.get_rank(), dist.get_world_size()).grid(1))
-    outside = [f"{name}.weight" for name, each in model.named_modules() if isinstance(each, Table)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, outside)
+    leave_tables_out(model)

@@ -36,11 +36,11 @@ class Workers:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def join(cls, device: str = "cpu", patience: timedelta = PATIENCE) -> "Workers":
+    def join(cls, device: str = "cpu") -> "Workers":
         """Meets the other workers where torchrun started this process; otherwise it is alone.
 
         device: "cpu" (gloo), or "cuda" (NCCL, with gloo for what is on the CPU), of which each
-        worker of a machine takes its own. No worker may keep others waiting longer than `patience`.
+        worker of a machine takes its own. No worker may keep others waiting longer than PATIENCE.
         ConfigError where the environment is half set or names a GPU that is not there; WorkerError
         where the others cannot be met.
         """
@@ -66,7 +66,7 @@ class Workers:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         workers = cls(rank, size, place)
         with workers.guard("meeting the other workers"):
-            dist.init_process_group(backend, timeout=patience)
+            dist.init_process_group(backend, timeout=PATIENCE)
         return workers
 
     @property
@@ -136,12 +136,6 @@ class Workers:
                 dist.all_reduce(total)
         return total
 
-    def barrier(self) -> None:
-        """Returns when all workers have come here."""
-        if self.size > 1:
-            with self.guard("a barrier"):
-                dist.barrier()
-
     def close(self) -> None:
         """Leaves the others."""
         if dist.is_initialized():
@@ -153,7 +147,10 @@ class Workers:
         try:
             yield
         except RuntimeError as error:
-            raise lost(error, self.rank, self.size, doing) from error
+            found = lost(error, self.rank, self.size, doing)
+            if found is error:
+                raise
+            raise found from error
 
 
 def lost(error: RuntimeError, rank: int, size: int, doing: str) -> RuntimeError | WorkerError:
