@@ -170,6 +170,16 @@ def test_rows_go_along_with_their_n_grams(streams, change):
     assert specification.digest == changed.model.model.seal.digest != model.model.seal.digest
 
 
+def test_tables_of_another_dtype_than_the_model_keep_it():
+    model = tiny_model(table_dtype="bf16")
+    ids = phrases(2, 40, seed=0)
+    changed = readdress(model, rules(model, **BIG), [(ids, None)])
+    tables = changed.model.model.tables.values()
+    assert {table.weight.dtype for table in tables} == {torch.bfloat16}
+    assert changed.model.dtype == torch.float32
+    assert torch.equal(logits(changed.model, ids), logits(model, ids))
+
+
 def test_packed_documents_go_along_as_attention_sees_them():
     model = trained_model()
     ids = phrases(2, 40, seed=0)
@@ -346,6 +356,8 @@ def test_a_frozen_part_has_no_optimiser_state():
     assert set(fusion) == {*found.matrices, *found.others} and not found.stacks
     with pytest.raises(ConfigError, match="frozen='rows': accepted are backbone, fusion, tables, "):
         freeze(model, ("rows",))
+    with pytest.raises(ConfigError, match="frozen=fusion, tables: nothing is left to train"):
+        freeze(model, ("fusion", "tables"))
 
 
 def test_what_training_cannot_start_from_is_refused_in_one_line(grafted, tmp_path, capsys):

@@ -33,6 +33,10 @@ class Phrases(torch.utils.data.Dataset):
         return {"input_ids": SEQUENCES[index], "labels": labels}
 
 
+ALONE = {"max_grad_norm": 0.0, "fp16": False, "world_size": 1, "n_gpu": 0, "process_index": 0}
+"""What EngramCallback reads of Trainer's arguments, in one process on a CPU."""
+
+
 def tiny_trained(seed=0):
     """A model to train; `seed` changes every weight."""
     model = tiny_model().train()
@@ -183,6 +187,23 @@ def test_a_joint_step_is_ours_bit_for_bit_and_clips_rows_with_the_rest():
         assert differing(bits(ours), bits(joint)) == []
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_step_that_is_skipped_leaves_the_routing_bias_too(finite):
+    model = tiny_trained()
+    joint = JointOptimizer(model, lr=0.01)
+    callback, settings = EngramCallback(), SimpleNamespace(**ALONE)
+    callback.on_train_begin(settings, None, None, model=model, optimizer=joint)
+    backward(model)
+    if not finite:
+        model.model.tables["0"].row_gradient.values_UE[0] = float("nan")
+    before = bits(model)
+    joint.step()
+    callback.on_optimizer_step(settings, None, None, optimizer=joint)
+    callback.on_train_end(settings, None, None)
+    moved = differing(before, bits(model))
+    assert joint.taken == finite and any("bias" in name for name in moved) == bool(moved) == finite
+
+
 def test_a_scheduler_reaches_every_group_after_a_state_was_loaded_too():
     model = tiny_trained()
     optimizer = JointOptimizer(model, lr=0.01)
@@ -230,7 +251,6 @@ def test_param_groups_go_with_any_optimiser_and_a_row_optimiser_beside_it():
 
 def test_what_would_treat_rows_wrongly_is_refused_in_one_line():
     model = tiny_trained()
-    good = {"max_grad_norm": 0.0, "fp16": False, "world_size": 1, "n_gpu": 0}
     joint = JointOptimizer(model, lr=0.01)
     for settings, optimizer, words in (
         ({"max_grad_norm": 1.0}, joint, "max_grad_norm=1.0: it does not see the gradients of rows"),
@@ -240,7 +260,7 @@ def test_what_would_treat_rows_wrongly_is_refused_in_one_line():
     ):
         with pytest.raises(ConfigError, match=words):
             EngramCallback().on_train_begin(
-                SimpleNamespace(**{**good, **settings}),
+                SimpleNamespace(**{**ALONE, **settings}),
                 None,
                 None,
                 model=model,

@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from test_train import final
 from torchrun import children, start, wait_for_steps
 
+from engram_lm.errors import ConfigError
 from engram_lm.train.journal import read_metrics
+from engram_lm.train.workers import Workers
 
 LONG = "--set=train.tokens=1280000"  # 10,000 steps: nobody waits for the end
 RARE = "--set=train.checkpoint_every=1000"
@@ -86,3 +89,12 @@ def test_more_workers_than_sequences_are_told_so_once(tmp_path):
         "engram train: error: batch=4: 2 workers with micro_batches=3 need 6 sequences a step or "
         "more"
     ]
+
+
+def test_where_the_first_worker_fails_alone_the_others_end_without_a_word(monkeypatch, capsys):
+    monkeypatch.setattr(Workers, "store", dist.HashStore())
+    with pytest.raises(ConfigError, match="wrong"), Workers(0, 2).main_first("settings"):
+        raise ConfigError("wrong")
+    with pytest.raises(SystemExit) as end, Workers(1, 2).main_first("settings"):
+        pytest.fail("the second worker went on")
+    assert end.value.code == 2 and capsys.readouterr() == ("", "")
