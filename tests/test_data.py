@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import DEEPSEEK_TOKENIZER
 from rich.console import Console
+from test_train import final, states_equal
 from tiny import tiny_model
 from tokenizers import Tokenizer
 
@@ -267,15 +269,6 @@ def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
         Shards(tmp_path / "one")
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """Some hundred short documents in several shards."""
-    directory = tmp_path_factory.mktemp("prepared")
-    texts = jsonl(directory / "a.jsonl", corpus.documents("validation")[:700])
-    make(directory / "out", texts, validation=0.2, shard_tokens=4000)
-    return directory / "out"
-
-
 def test_any_stretch_of_the_shards_is_that_of_the_whole(prepared):
     split = Shards(prepared).split("train")
     assert len(split.shards) > 3
@@ -384,7 +377,11 @@ def test_training_on_your_own_data_killed_with_sigkill_ends_as_if_it_had_not_bee
     subprocess.run(trained("whole"), check=True, capture_output=True, env=environment)
     kill_when(tmp_path / "killed/checkpoints/step-00000004", trained("killed"))
     assert not (tmp_path / "killed" / "model").exists()
-    subprocess.run(trained("killed"), check=True, capture_output=True, env=environment)
+    ran = subprocess.run(
+        trained("killed"), check=True, capture_output=True, env=environment, text=True
+    )
+    assert re.search(r"^going on from step \d+ \(.*/checkpoints/step-\d{8}\)$", ran.stderr, re.M)
+    assert states_equal(final(tmp_path / "whole"), final(tmp_path / "killed"))
     for name in ("whole", "killed"):
         (tmp_path / name / "config.json").unlink()  # holds the machine, not the result
     weights = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]

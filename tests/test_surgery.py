@@ -277,30 +277,20 @@ SHAPE = [
 ]
 
 
-def train(out, *arguments, steps=20, lr=0.001):
+def train(out, data, *arguments, steps=20, lr=0.001):
     """The lines that a run logs."""
-    small = ["--seed=3", "--threads=1", "--json", f"--tokens={steps * 4096}"]
+    small = [f"--data={data}", "--seed=3", "--threads=1", "--json", f"--tokens={steps * 4096}"]
     small += ["--set=train.batch=4", "--set=train.context=32", f"--set=train.lr={lr}"]
     small += [f"--set=train.tokens={steps * 128}"]
     assert main(["train", f"--out={out}", *small, *arguments]) == 0
     return read_metrics(out)
 
 
-whole_stream = corpus.stream
-
-
-def short_stream(split, limit=None, **kwargs):
-    """Validation on little text, to be quick."""
-    return whole_stream(split, limit if split == "train" else 2_000, **kwargs)
-
-
 @pytest.fixture(scope="module")
-def grafted(tmp_path_factory):
+def grafted(prepared, tmp_path_factory):
     """A MoE trained a little on real text, and the same given a memory, both saved."""
     root = tmp_path_factory.mktemp("grafted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "stream", short_stream)
-        train(root / "moe", "--preset=nano-moe", *SHAPE, lr=0.004)
+    train(root / "moe", prepared, "--preset=nano-moe", *SHAPE, lr=0.004)
     model = EngramLMForCausalLM.from_pretrained(root / "moe" / "model")
     torch.manual_seed(0)
     memory = MemoryConfig(
@@ -313,10 +303,9 @@ def grafted(tmp_path_factory):
     return root
 
 
-def test_training_starts_from_a_model_given_a_memory(grafted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(corpus, "stream", short_stream)
-    given = train(tmp_path / "given", "--from", str(grafted / "given"))
-    plain = train(tmp_path / "plain", "--from", str(grafted / "moe" / "model"))
+def test_training_starts_from_a_model_given_a_memory(grafted, prepared, tmp_path, capsys):
+    given = train(tmp_path / "given", prepared, "--from", str(grafted / "given"))
+    plain = train(tmp_path / "plain", prepared, "--from", str(grafted / "moe" / "model"))
     # The same first batch, and a memory that says nothing yet.
     assert given[0]["loss"] == plain[0]["loss"] and given[1]["loss"] != plain[1]["loss"]
     assert given[-1]["validation_bpb"] < read_metrics(grafted / "moe")[-1]["validation_bpb"]
@@ -328,10 +317,9 @@ def test_training_starts_from_a_model_given_a_memory(grafted, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("frozen", [["tables"], ["tables.1"], ["backbone"]], ids=str)
-def test_frozen_parts_keep_their_bits(grafted, tmp_path, monkeypatch, frozen):
-    monkeypatch.setattr(corpus, "stream", short_stream)
+def test_frozen_parts_keep_their_bits(grafted, prepared, tmp_path, frozen):
     option = f"--set=train.frozen={json.dumps(frozen)}"
-    train(tmp_path, "--from", str(grafted / "given"), option, steps=4)
+    train(tmp_path, prepared, "--from", str(grafted / "given"), option, steps=4)
     before, after = (
         EngramLMForCausalLM.from_pretrained(path).state_dict()
         for path in (grafted / "given", tmp_path / "model")

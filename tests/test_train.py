@@ -1,12 +1,8 @@
 """The loop: batches, schedule, logs, and going on bit for bit after being killed."""
 
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -158,35 +154,6 @@ def test_a_checkpoint_of_other_data_settings_or_model_is_refused(parts, tmp_path
         start(parts, tmp_path, replace(CONFIG, lr=1e-3))
     with pytest.raises(MismatchError, match="data_sha256"):
         start(parts, tmp_path, training=in_memory(parts[2].ids_T[1:]))
-
-
-def test_a_command_killed_with_sigkill_ends_as_if_it_had_not_been(tmp_path):
-    def command(out: Path) -> list[str]:
-        settings = "batch=4 context=32 checkpoint_every=4 evaluate_every=8 validation_tokens=300"
-        model = 'hidden_size=32 memory.specification.rows_per_head=["97","97"]'
-        sets = [f"--set=train.{pair}" for pair in settings.split()]
-        sets += [f"--set=model.{pair}" for pair in model.split()]
-        base = [sys.executable, "-m", "engram_lm", "train", "--threads=1", "--json"]
-        return [*base, f"--out={out}", "--tokens=5120", *sets]  # 40 steps
-
-    environment = {**os.environ, "PYTHONWARNINGS": "default"}
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, env=environment)
-    process = subprocess.Popen(
-        command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300  # never reached: a guard against waiting for ever
-    while not list((tmp_path / "killed" / "checkpoints").glob("step-????????")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "model").exists()
-    done = subprocess.run(
-        command(tmp_path / "killed"), check=True, capture_output=True, env=environment, text=True
-    )
-    assert re.search(r"^going on from step \d+ \(.*/checkpoints/step-\d{8}\)$", done.stderr, re.M)
-    assert states_equal(final(tmp_path / "whole"), final(tmp_path / "killed"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
 
 def test_every_window_is_seen_once_in_each_pass():

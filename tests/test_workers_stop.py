@@ -41,8 +41,8 @@ def starts(out: Path) -> list[int]:
     return [start["step"] for start in json.loads((out / "config.json").read_text())["starts"]]
 
 
-def test_asked_workers_save_together_and_survivors_of_a_killed_one_stop(tmp_path):
-    process = start(tmp_path, LONG, RARE)
+def test_asked_workers_save_together_and_survivors_of_a_killed_one_stop(prepared, tmp_path):
+    process = start(tmp_path, prepared, LONG, RARE)
     wait_for_steps(tmp_path, 3, process)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on to both
     lines = told(end(process, 60))
@@ -53,7 +53,7 @@ def test_asked_workers_save_together_and_survivors_of_a_killed_one_stop(tmp_path
     assert 3 <= step == read_metrics(tmp_path)[-1]["step"]
 
     before = final(tmp_path)
-    process = start(tmp_path, LONG, RARE)
+    process = start(tmp_path, prepared, LONG, RARE)
     wait_for_steps(tmp_path, step + 3, process)
     os.kill(children(process)[1], signal.SIGKILL)
     lines = told(end(process, 60))  # a minute
@@ -65,8 +65,8 @@ def test_asked_workers_save_together_and_survivors_of_a_killed_one_stop(tmp_path
 
 
 @pytest.mark.long
-def test_workers_of_one_that_hangs_end_unsaved_when_they_are_asked_to_stop(tmp_path):
-    process = start(tmp_path, LONG, RARE)
+def test_workers_of_one_that_hangs_end_unsaved_when_they_are_asked_to_stop(prepared, tmp_path):
+    process = start(tmp_path, prepared, LONG, RARE)
     wait_for_steps(tmp_path, 3, process)
     main, other = children(process)
     os.kill(other, signal.SIGSTOP)
@@ -83,8 +83,8 @@ def test_workers_of_one_that_hangs_end_unsaved_when_they_are_asked_to_stop(tmp_p
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
-def test_more_workers_than_sequences_are_told_so_once(tmp_path):
-    process = start(tmp_path, LONG, "--set=train.micro_batches=3")
+def test_more_workers_than_sequences_are_told_so_once(prepared, tmp_path):
+    process = start(tmp_path, prepared, LONG, "--set=train.micro_batches=3")
     assert told(end(process, 120)) == [
         "engram train: error: batch=4: 2 workers with micro_batches=3 need 6 sequences a step or "
         "more"

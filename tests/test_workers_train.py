@@ -13,16 +13,16 @@ SHORT = ("--tokens=768", "--set=train.lr=0.002", "--set=train.checkpoint_every=3
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(prepared, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    arguments = command(out, *SHORT)
+    arguments = command(out, prepared, *SHORT)
     assert main(arguments[arguments.index("engram_lm") + 1 :]) == 0
     return out
 
 
 @pytest.mark.parametrize("backbone", ["ddp", "fully_shard"])
-def test_two_workers_take_the_steps_of_one(alone, tmp_path, backbone):
-    process = start(tmp_path, *SHORT, f"--set=train.backbone={backbone}")
+def test_two_workers_take_the_steps_of_one(alone, prepared, tmp_path, backbone):
+    process = start(tmp_path, prepared, *SHORT, f"--set=train.backbone={backbone}")
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     one, two = read_metrics(alone), read_metrics(tmp_path)
@@ -46,18 +46,18 @@ def test_two_workers_take_the_steps_of_one(alone, tmp_path, backbone):
 
 @pytest.mark.long
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (4, 2)])
-def test_a_run_goes_on_with_another_number_of_workers(alone, tmp_path, sizes):
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, sizes):
     import signal
 
     from torchrun import wait_for_steps
 
     longer = ("--tokens=768000", *SHORT[1:])
-    process = start(tmp_path, *longer, workers=sizes[0])
+    process = start(tmp_path, None, *longer, workers=sizes[0])
     wait_for_steps(tmp_path, 3, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     stopped = read_metrics(tmp_path)[-1]["step"]
-    process = start(tmp_path, *longer, workers=sizes[1])
+    process = start(tmp_path, None, *longer, workers=sizes[1])
     wait_for_steps(tmp_path, stopped + 3, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)

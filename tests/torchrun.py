@@ -12,18 +12,19 @@ MODEL += ('mlp_layer_types=["sparse","sparse","sparse","sparse"]',)
 MODEL += ('memory.specification.rows_per_head=["97","97"]',)
 
 
-def command(out: Path, *extra: str, workers: int = 2) -> list[str]:
+def command(out: Path, data: Path | None, *extra: str, workers: int = 2) -> list[str]:
     base = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    base += [f"--nproc-per-node={workers}", "-m", "engram_lm", "train", f"--out={out}"]
-    base += ["--threads=1", "--json", "--set=train.validation_tokens=300"]
+    base += [f"--nproc-per-node={workers}", "-m", "engram_lm", "train"]
+    base += [f"--out={out}", "--threads=1", "--json", "--set=train.validation_tokens=300"]
     base += [f"--set=train.{setting}" for setting in SETTINGS]
+    base += [] if data is None else [f"--data={data}"]
     return [*base, *(f"--set=model.{setting}" for setting in MODEL), *extra]
 
 
-def start(out: Path, *extra: str, workers: int = 2) -> "subprocess.Popen[str]":
+def start(out: Path, data: Path | None, *extra: str, workers: int = 2) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(out, *extra, workers=workers),
+        command(out, data, *extra, workers=workers),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -27,6 +27,8 @@ from engram_lm.memory.window import EMPTY, Window
 
 try:
     from numba import njit, prange
+
+    from engram_lm.memory.numba_threads import follow_torch
 except ImportError as error:
     raise ConfigError(
         "CompiledAddresses: numba is not installed; pip install 'engram-lm[fast]', or use Addresses"
@@ -97,6 +99,7 @@ class CompiledAddresses(Addresses):
         )
         shares = min(torch.get_num_threads(), B * T // POSITIONS_PER_THREAD)
         if shares > 1:
+            follow_torch()
             _write_in_shares(inputs, shares, rows_LM)
         else:
             _write_rows(inputs, 0, B * T, rows_LM)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import config as numba_config
-from numba import njit, prange, set_num_threads
+from numba import njit, prange
 from numba.extending import intrinsic
 from torch import Tensor
 
+from engram_lm.memory.numba_threads import follow_torch
 from engram_lm.memory.table import Table
 from engram_lm.train.row_adam import MEAN, RowAdam
 from engram_lm.train.row_optimizer import SQUARE
@@ -36,9 +36,7 @@ class CompiledRowAdam(RowAdam):
         weight_RE = table.weight.detach()
         if weight_RE.dtype != torch.float32 or weight_RE.device.type != "cpu":
             return super()._block(table, state, rows_U, gradient_UE)
-        # Workers that share a machine each have a part of its cores.
-        cores = numba_config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        set_num_threads(min(torch.get_num_threads(), cores))
+        follow_torch()
         (group,) = self.param_groups
         (beta1, beta2), step = group["betas"], state["step"].item()
         mean_RE, rows, gradient_UE = state[MEAN].numpy(), rows_U.numpy(), gradient_UE.contiguous()
