@@ -90,14 +90,15 @@ def check_equal(launched: Launch, name: str) -> None:
         assert all(map(torch.equal, mine, wanted)), f"rows of step {step}"
     # float32 sums in another order: 2^-24 a term, of some hundred terms.
     assert furthest(ours["gradients"], theirs["gradients"]) < 2e-5
-    assert all(map(torch.equal, ours["biases"], theirs["biases"]))
     # Twenty steps of that, each with weights a little off; moments are sums over all of them.
     # Muon's rounds are in bfloat16, where a last bit of a product may turn over: 2^-8 of a step.
     muon, steps = settings(name).get("muon"), settings(name)["steps"]
     near = 1e-2 if muon else 1e-4
     for what in ("losses", "norms", "validation", "tables", "parameters"):
         assert furthest(ours[what], theirs[what]) < near, what
-    if not muon or steps == 1:  # a token whose expert turns over gives its rows other gradients
+    # A token whose expert turns over gives its rows other gradients, and the router another load.
+    if not muon or steps == 1:
+        assert all(map(torch.equal, ours["biases"], theirs["biases"]))
         assert furthest(ours["moments"], theirs["moments"]) < 1e-3
 
 
