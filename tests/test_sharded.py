@@ -22,7 +22,7 @@ from engram_lm.train.workers import Workers
 WORKER = Path(sharded_worker.__file__)
 TWO = ("ddp", "fsdp", "fsdp-muon:1", "uneven:5", "fsdp-accumulated:3", "one-sided:5")
 TWO += ("replicated:5",)
-FOUR = ("pairs:5", "no-tokens:5")
+FOUR = ("ddp", "fsdp", "fsdp-muon:1", "pairs:5", "no-tokens:5")
 
 
 def launch(processes: int, out: Path, *names: str) -> list[tuple[int, str]]:
@@ -90,16 +90,20 @@ def check_equal(launched: Launch, name: str) -> None:
         assert all(map(torch.equal, mine, wanted)), f"rows of step {step}"
     # float32 sums in another order: 2^-24 a term, of some hundred terms.
     assert furthest(ours["gradients"], theirs["gradients"]) < 2e-5
+    if settings(name).get("muon") and settings(name)["steps"] > 1:
+        # Its rounds are in bfloat16, and a token whose expert turns over changes all that follows:
+        # one process whose first weights are off by 1e-7 has losses off by 1e-3 after twenty
+        # steps, and parameters by 6e-3.
+        assert furthest(ours["losses"], theirs["losses"]) < 5e-3
+        assert furthest(ours["validation"], theirs["validation"]) < 5e-3
+        assert furthest(ours["parameters"], theirs["parameters"]) < 2e-2
+        return
+    assert all(map(torch.equal, ours["biases"], theirs["biases"]))
     # Twenty steps of that, each with weights a little off; moments are sums over all of them.
-    # Muon's rounds are in bfloat16, where a last bit of a product may turn over: 2^-8 of a step.
-    muon, steps = settings(name).get("muon"), settings(name)["steps"]
-    near = 1e-2 if muon else 1e-4
+    # One step of Muon: a last bit of bfloat16, 2^-8 of a step of about 1e-2 of a weight.
     for what in ("losses", "norms", "validation", "tables", "parameters"):
-        assert furthest(ours[what], theirs[what]) < near, what
-    # A token whose expert turns over gives its rows other gradients, and the router another load.
-    if not muon or steps == 1:
-        assert all(map(torch.equal, ours["biases"], theirs["biases"]))
-        assert furthest(ours["moments"], theirs["moments"]) < 1e-3
+        assert furthest(ours[what], theirs[what]) < 1e-4, what
+    assert furthest(ours["moments"], theirs["moments"]) < 1e-3
 
 
 @pytest.mark.parametrize("name", TWO)
