@@ -88,8 +88,9 @@ def check_equal(launched: Launch, name: str) -> None:
     ours, theirs = launched.left[name], reference(name)
     for step, (mine, wanted) in enumerate(zip(ours["rows"], theirs["rows"], strict=True)):
         assert all(map(torch.equal, mine, wanted)), f"rows of step {step}"
-    # float32 sums in another order: 2^-24 a term, of some hundred terms.
-    assert furthest(ours["gradients"], theirs["gradients"]) < 2e-5
+    # float32 sums in another order: 2^-24 a term, of some hundred terms, which in the smallest
+    # gradients cancel to a fraction of themselves.
+    assert furthest(ours["gradients"], theirs["gradients"]) < 1e-4
     if settings(name).get("muon") and settings(name)["steps"] > 1:
         # Its rounds are in bfloat16, and a token whose expert turns over changes all that follows:
         # one process whose first weights are off by 1e-7 has losses off by 1e-3 after twenty
