@@ -119,6 +119,18 @@ class Released:
         self._check_layer(layer)
         if where not in ("memory", "disk"):
             raise ConfigError(f"where={where!r}: 'memory' or 'disk'")
+        format, parts = self._layout(layer)
+        disk = Disk(format, parts)
+        if self._layout(layer) != (format, parts):
+            disk.close()
+            raise DataError(f"{self.directory}: a file was replaced while it was being opened")
+        if where == "disk":
+            return disk
+        with disk:
+            return Resident.of(disk)
+
+    def _layout(self, layer: int) -> tuple[RowFormat, list[list[Region]]]:
+        """Where the files have the parts of a row, and how it is read."""
         prefix = f"layers.{layer}."
         if self.family == "deepseek-v4.1":
             values, value = self._place([prefix + "engram.embed.weight"])
@@ -135,17 +147,14 @@ class Released:
             values, value = self._place(self._shards(prefix + "ple.ple_embedding.ngram_embedding"))
             format = RowFormat(dtype=_dtype(value), dim=value.shape[1])
             parts = [values]
-        stored, rows = sum(r.rows for r in values), self.memory.specification.table_rows(layer)
+        stored = sum(region.rows for region in values)
+        rows = self.memory.specification.table_rows(layer)
         if (stored, format.dim) != (rows, self.memory.head_dim):
             raise MismatchError(
                 f"layer {layer}: the table has {stored} rows of {format.dim}, "
                 f"the specification {rows} of {self.memory.head_dim}"
             )
-        disk = Disk(format, parts)
-        if where == "disk":
-            return disk
-        with disk:
-            return Resident.of(disk)
+        return format, parts
 
     def _wkv(self, layer: int) -> dict[str, Tensor]:
         prefix = f"layers.{layer}.engram."
