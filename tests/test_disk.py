@@ -272,6 +272,10 @@ def test_parts_that_do_not_make_rows_of_the_format_are_refused(tmp_path):
     scales = shards(tmp_path / "scales", bytes_VR[:, 256:])
     with pytest.raises(MismatchError, match="264 in all"):
         Disk(FP8, [values])
+    with pytest.raises(MismatchError, match="264 in all"):
+        Disk(FP8, [])
+    with pytest.raises(ConfigError, match="ahead_bytes=-1: 0 or more"):
+        Disk(FP8, [values, scales], ahead_bytes=-1)
     with pytest.raises(MismatchError, match=r"parts of \[30, 20\] rows"):
         Disk(FP8, [values, scales[2:]])
     split_disk(bytes_VR, FP8, tmp_path).close()

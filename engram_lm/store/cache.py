@@ -27,7 +27,7 @@ BLOCK = 2048
 class Cache(RowStore):
     """A RowStore that reads rows of `slower` once and keeps them within `budget_bytes`.
 
-    The budget covers rows and 12 bytes of bookkeeping each. ConfigError where no set fits in it.
+    The budget covers rows and 16 bytes of bookkeeping each. ConfigError where no set fits in it.
     """
 
     asked = 0
@@ -37,16 +37,15 @@ class Cache(RowStore):
 
     def __init__(self, slower: RowStore, budget_bytes: int) -> None:
         self.slower, self.format, self.rows = slower, slower.format, slower.rows
-        tag, stamp = np.dtype(np.int64), np.dtype(np.uint32)
-        set_bytes = WAYS * (self.format.row_bytes + tag.itemsize + stamp.itemsize)
+        set_bytes = WAYS * (self.format.row_bytes + 2 * np.dtype(np.int64).itemsize)
         if budget_bytes < set_bytes:
             raise ConfigError(
                 f"budget_bytes={budget_bytes}: at least {set_bytes} are needed for {WAYS} rows "
                 f"of {self.format.row_bytes} bytes"
             )
         self.sets = min(budget_bytes // set_bytes, -(-self.rows // WAYS))
-        self._tags_SW = np.full((self.sets, WAYS), NOBODY, tag)
-        self._used_SW = np.zeros((self.sets, WAYS), stamp)  # the request that used a row last
+        self._tags_SW = np.full((self.sets, WAYS), NOBODY, np.int64)
+        self._used_SW = np.zeros((self.sets, WAYS), np.int64)  # the request that used a row last
         self._requests = 0
         self._bytes = torch.empty(self.sets * WAYS, self.format.row_bytes, dtype=torch.uint8)
         self._lock = threading.Lock()
