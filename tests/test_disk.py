@@ -145,28 +145,6 @@ def test_pages_on_their_way_are_not_read_twice(on_disk):
     assert taken < 2 * sum(pages.sizes)
 
 
-def test_what_was_gathered_stays_in_no_cache_of_the_kernel(on_disk):
-    region, bytes_VR = on_disk
-    if not _is_dropped(region, 9):
-        pytest.skip("this file system keeps its pages: it is one in memory")
-    rows_M = torch.tensor([9, 300, 20_000])
-    with Disk(FP8, [[region]]) as store:
-        store.prefetch(rows_M)
-        assert torch.equal(store.gather(rows_M), bytes_VR[rows_M])
-    assert all(_is_dropped(region, row) for row in rows_M.tolist())
-
-
-def _is_dropped(region: Region, row: int) -> bool:
-    descriptor = os.open(region.path, os.O_RDONLY)
-    try:
-        os.preadv(descriptor, [bytearray(264)], region.offset + row * 264, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def test_hints_beyond_their_budget_are_dropped_and_old_ones_give_way():
     ahead = Ahead(room=4)
     ahead.add(np.array([50, 3, 50, 9]))
