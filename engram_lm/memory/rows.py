@@ -4,12 +4,12 @@ Shapes: M rows asked for, E values per row, R bytes per row.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import AddressError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,20 @@ class RowFormat:
 
 
 class RowStore(Protocol):
-    """Where the rows of one layer's table live. It answers one question: give me these rows."""
+    """Where the rows of one layer's table live. It answers one question: give me these rows.
+
+    Stores that read from another close it with themselves. `with store:` closes at the end.
+    """
 
     format: RowFormat
+    rows: int
+    """V, how many there are."""
 
     def gather(self, rows_M: Tensor) -> Tensor:
-        """(M,) int64 -> (M, R) uint8, in the order asked, repeats included."""
+        """(M,) int64 -> (M, R) uint8, in the order asked, repeats included.
+
+        AddressError for a row that is not there, DataError once closed or where reading fails.
+        """
         ...
 
     def prefetch(self, rows_M: Tensor) -> None:
@@ -68,5 +76,33 @@ class RowStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives back files and threads."""
+        """Gives back files, memory and threads; waits for readers that have begun."""
         ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def select(values_VX: Tensor, rows_M: Tensor) -> Tensor:
+    """(V, X) -> (M, X). AddressError for a row that is not there (a GPU's own assertion on one)."""
+    try:
+        return values_VX.index_select(0, rows_M)
+    except IndexError:
+        check_rows(rows_M, len(values_VX))
+        raise
+
+
+def check_rows(rows_M: Tensor, rows: int) -> None:
+    """AddressError where a number is outside 0..rows-1: the first such and its place."""
+    if not len(rows_M):
+        return
+    lowest, highest = torch.aminmax(rows_M)
+    if lowest < 0 or highest >= rows:
+        place = int(((rows_M < 0) | (rows_M >= rows)).nonzero()[0])
+        raise AddressError(
+            f"row {int(rows_M[place])} asked for at position {place}: "
+            f"this table has rows 0 to {rows - 1}"
+        )

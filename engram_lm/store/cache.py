@@ -1,0 +1,117 @@
+"""The rows of a slower store that were asked for last, kept in memory.
+
+Shapes: M rows asked for, K distinct rows among them that are missing, S sets, W ways, R bytes
+per row.
+"""
+
+import threading
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engram_lm.errors import ConfigError
+from engram_lm.memory.rows import RowStore, check_rows
+from engram_lm.memory.table import Merged
+from engram_lm.store.door import Door
+
+WAYS = 16
+"""Places in a set. A row may only stand in its own set, and takes the place used longest ago: what
+LRU keeps but for crowded sets, found without an index over all rows."""
+NOBODY = -1
+BLOCK = 2048
+"""Rows looked up together: their sets' tags stay in the processor's cache."""
+
+
+class Cache(RowStore):
+    """A RowStore that reads rows of `slower` once and keeps them within `budget_bytes`.
+
+    The budget covers rows and 16 bytes of bookkeeping each. ConfigError where no set fits in it.
+    """
+
+    asked = 0
+    """Rows, repeats included."""
+    hits = 0
+    """Of these: found here. The others were read from the slower store, repeats once a request."""
+
+    def __init__(self, slower: RowStore, budget_bytes: int) -> None:
+        self.slower, self.format, self.rows = slower, slower.format, slower.rows
+        set_bytes = WAYS * (self.format.row_bytes + 2 * np.dtype(np.int64).itemsize)
+        if budget_bytes < set_bytes:
+            raise ConfigError(
+                f"budget_bytes={budget_bytes}: at least {set_bytes} are needed for {WAYS} rows "
+                f"of {self.format.row_bytes} bytes"
+            )
+        self.sets = min(budget_bytes // set_bytes, -(-self.rows // WAYS))
+        self._tags_SW = np.full((self.sets, WAYS), NOBODY, np.int64)
+        self._used_SW = np.zeros((self.sets, WAYS), np.int64)  # the request that used a row last
+        self._requests = 0
+        self._bytes = torch.empty(self.sets * WAYS, self.format.row_bytes, dtype=torch.uint8)
+        self._lock = threading.Lock()
+        self._door = Door("the cache")
+
+    def gather(self, rows_M: Tensor) -> Tensor:
+        """(M,) int64 -> (M, R) uint8 in host memory; what is missing is asked for in one go."""
+        rows_M = rows_M.cpu()
+        with self._door.inside():
+            check_rows(rows_M, self.rows)
+            with self._lock:
+                place_M, hit_M = self._find(rows_M.numpy())
+                self._requests += 1
+                self._used_SW.reshape(-1)[place_M[hit_M]] = self._requests
+                self.asked += len(rows_M)
+                self.hits += int(np.count_nonzero(hit_M))
+                bytes_MR = self._bytes.index_select(0, torch.from_numpy(place_M))
+            if hit_M.all():
+                return bytes_MR
+            missed = torch.from_numpy(np.flatnonzero(~hit_M))
+            merged = Merged.of(rows_M[missed])
+            bytes_KR = self.slower.gather(merged.rows_U).cpu()
+            bytes_MR.index_copy_(0, missed, bytes_KR.index_select(0, merged.position_M))
+            with self._lock:
+                self._take_in(merged.rows_U.numpy(), bytes_KR)
+            return bytes_MR
+
+    def prefetch(self, rows_M: Tensor) -> None:
+        """Hands on what is not here."""
+        rows_M = rows_M.cpu()
+        with self._door.inside():
+            check_rows(rows_M, self.rows)
+            with self._lock:
+                _, hit_M = self._find(rows_M.numpy())
+            if not hit_M.all():
+                self.slower.prefetch(rows_M[torch.from_numpy(~hit_M)])
+
+    def close(self) -> None:
+        """Gives the memory back and closes the slower store."""
+        if self._door.shut():
+            self._bytes = self._bytes.new_empty(0, self.format.row_bytes)
+            self._tags_SW, self._used_SW = self._tags_SW[:0].copy(), self._used_SW[:0].copy()
+            self.slower.close()
+
+    def _find(self, rows_M: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where each row is, and whether it is there at all (if not: some place of its set)."""
+        place_M = rows_M % self.sets * WAYS
+        for start in range(0, len(rows_M), BLOCK):
+            block = slice(start, start + BLOCK)
+            tags_BW = self._tags_SW.take(place_M[block] // WAYS, axis=0)
+            place_M[block] += (tags_BW == rows_M[block, None]).argmax(axis=1)
+        return place_M, self._tags_SW.reshape(-1).take(place_M) == rows_M
+
+    def _take_in(self, rows_K: NDArray[np.int64], bytes_KR: Tensor) -> None:
+        """Puts distinct rows in the places of their sets' oldest; a set takes W and no more."""
+        _, hit_K = self._find(rows_K)  # another thread may have brought some
+        set_K = rows_K % self.sets
+        order_K = np.argsort(set_K, kind="stable")
+        order_K = order_K[~hit_K[order_K]]
+        set_K = set_K[order_K]
+        starts_K = np.searchsorted(set_K, set_K)
+        rank_K = np.arange(len(set_K)) - starts_K
+        oldest_KW = np.argsort(self._used_SW[set_K], axis=1, kind="stable")
+        fits_K = rank_K < WAYS
+        order_K, set_K, rank_K = order_K[fits_K], set_K[fits_K], rank_K[fits_K]
+        place_K = set_K * WAYS + oldest_KW[fits_K, rank_K]
+        self._tags_SW.reshape(-1)[place_K] = rows_K[order_K]
+        self._used_SW.reshape(-1)[place_K] = self._requests
+        self._bytes[torch.from_numpy(place_K)] = bytes_KR[torch.from_numpy(order_K)]
