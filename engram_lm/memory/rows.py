@@ -5,12 +5,12 @@ Shapes: M rows asked for, E values per row, G scales per row, R bytes per row.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import AddressError, ConfigError, DataError
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 """torch knows it by name and does nothing with it: the bytes are ours."""
@@ -170,12 +170,20 @@ def _scales_above(largest_MG: Tensor, steps: int) -> Tensor:
 
 
 class RowStore(Protocol):
-    """Where the rows of one layer's table live. It answers one question: give me these rows."""
+    """Where the rows of one layer's table live. It answers one question: give me these rows.
+
+    Stores that read from another close it with themselves. `with store:` closes at the end.
+    """
 
     format: RowFormat
+    rows: int
+    """V, how many there are."""
 
     def gather(self, rows_M: Tensor) -> Tensor:
-        """(M,) int64 -> (M, R) uint8, in the order asked, repeats included."""
+        """(M,) int64 -> (M, R) uint8, in the order asked, repeats included.
+
+        AddressError for a row that is not there, DataError once closed or where reading fails.
+        """
         ...
 
     def prefetch(self, rows_M: Tensor) -> None:
@@ -183,5 +191,31 @@ class RowStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives back files and threads."""
+        """Gives back files, memory and threads; waits for readers that have begun."""
         ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def select(values_VX: Tensor, rows_M: Tensor) -> Tensor:
+    """(V, X) -> (M, X). AddressError for a row that is not there (a GPU's own assertion on one)."""
+    try:
+        return values_VX.index_select(0, rows_M)
+    except IndexError:
+        check_rows(rows_M, len(values_VX))
+        raise
+
+
+def check_rows(rows_M: Tensor, rows: int) -> None:
+    """AddressError where a number is outside 0..rows-1: the first such and its place."""
+    wrong_M = (rows_M < 0) | (rows_M >= rows)
+    if wrong_M.any():
+        place = int(wrong_M.nonzero()[0])
+        raise AddressError(
+            f"row {int(rows_M[place])} asked for at position {place}: "
+            f"this table has rows 0 to {rows - 1}"
+        )

@@ -9,12 +9,12 @@ leaves the touched rows here, merged, and the row optimiser takes them.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from engram_lm.memory.rows import RowFormat
+from engram_lm.memory.rows import RowFormat, select
 
 
 class RowGradient(NamedTuple):
@@ -128,6 +128,7 @@ class Table(nn.Module):
     ) -> None:
         super().__init__()
         device = "meta" if _UNALLOCATED.get() else device
+        self.rows = rows
         self.weight = nn.Parameter(torch.empty(rows, dim, dtype=dtype, device=device))
         self.row_gradient: RowGradient | None = None
         self.reset_parameters()
@@ -143,13 +144,19 @@ class Table(nn.Module):
 
     def gather(self, rows_M: Tensor) -> Tensor:
         """(M,) int64 -> (M, R) uint8."""
-        return self.weight.detach().index_select(0, rows_M).view(torch.uint8)
+        return select(self.weight.detach(), rows_M).view(torch.uint8)
 
     def prefetch(self, rows_M: Tensor) -> None:
         """Nothing to do: the rows are in memory."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to give back: a parameter stays readable, its owner may go on training it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def start(self, rows_M: Tensor) -> Request:
         """Asks for rows, (M,) int64. With a gradient to come, each is read once."""

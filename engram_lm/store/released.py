@@ -8,11 +8,11 @@ Shapes: V rows, E values per row, S streams, D width, M memory width, K taps of 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,20 @@ from engram_lm.config import FusionConfig, MemoryConfig, deepseek_v41, qwen4_exp
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse
-from engram_lm.memory.rows import RowFormat
+from engram_lm.memory.rows import RowFormat, RowStore
+from engram_lm.store.disk import Disk
+from engram_lm.store.header import Entry, read_header
+from engram_lm.store.region import Region
 from engram_lm.store.resident import Resident
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""Of a table's values, by their names in a safetensors header."""
 WKV_BLOCK = 32
 """Rows and columns of `wkv.weight` that share one scale in DeepSeek-V4.1."""
 
@@ -100,30 +110,47 @@ class Released:
         fuse.load_state_dict(weights, assign=True)
         return fuse
 
-    def table(self, layer: int) -> Resident:
-        """All rows of one layer's table, values and scales side by side, in memory.
+    def table(self, layer: int, where: Literal["memory", "disk"] = "memory") -> RowStore:
+        """All rows of one layer's table, values and scales side by side.
 
-        Costs the table's size (94 GiB for a layer of DeepSeek-V4.1-Flash).
+        In memory that costs the table's size (94 GiB for a layer of DeepSeek-V4.1-Flash). On disk
+        rows are read from the released files as they are, when they are asked for.
         """
+        if where not in ("memory", "disk"):
+            raise ConfigError(f"where={where!r}: 'memory' or 'disk'")
+        disk = Disk(*self.parts(layer))
+        if where == "disk":
+            return disk
+        with disk:
+            return Resident.of(disk)
+
+    def parts(self, layer: int) -> tuple[RowFormat, list[list[Region]]]:
+        """How rows of one layer's table are written, and where: lists that stand side by side, of
+        regions that follow each other."""
         self._check_layer(layer)
+        prefix = f"layers.{layer}."
         if self.family == "deepseek-v4.1":
-            values_VE = self._tensor(f"layers.{layer}.engram.embed.weight")
-            scales_VG = self._tensor(f"layers.{layer}.engram.embed.scale")
-            group = values_VE.shape[1] // scales_VG.shape[1]
-            format = RowFormat(dtype=values_VE.dtype, dim=values_VE.shape[1], scale_group=group)
-            parts = [values_VE.view(torch.uint8), scales_VG.view(torch.uint8)]
-            bytes_VR = torch.cat(parts, dim=1)
+            values, value = self._place([prefix + "engram.embed.weight"])
+            scales, scale = self._place([prefix + "engram.embed.scale"])
+            dim, scales_dim = value.shape[1], scale.shape[1]
+            if not scales_dim or dim % scales_dim or scale.dtype not in ("F8_E8M0", "U8"):
+                raise MismatchError(
+                    f"layer {layer}: {scales_dim} {scale.dtype} scales for rows of {dim} values: "
+                    "one e8m0 for each equal group is needed"
+                )
+            format = RowFormat(dtype=_dtype(value), dim=dim, scale_group=dim // scales_dim)
+            parts = [values, scales]
         else:
-            values_VE = self._shards(f"layers.{layer}.ple.ple_embedding.ngram_embedding")
-            format = RowFormat(dtype=values_VE.dtype, dim=values_VE.shape[1])
-            bytes_VR = values_VE.view(torch.uint8)
-        rows = self.memory.specification.table_rows(layer)
-        if (len(bytes_VR), format.dim) != (rows, self.memory.head_dim):
+            values, value = self._place(self._shards(prefix + "ple.ple_embedding.ngram_embedding"))
+            format = RowFormat(dtype=_dtype(value), dim=value.shape[1])
+            parts = [values]
+        stored, rows = sum(r.rows for r in values), self.memory.specification.table_rows(layer)
+        if (stored, format.dim) != (rows, self.memory.head_dim):
             raise MismatchError(
-                f"layer {layer}: the table has {len(bytes_VR)} rows of {format.dim}, "
+                f"layer {layer}: the table has {stored} rows of {format.dim}, "
                 f"the specification {rows} of {self.memory.head_dim}"
             )
-        return Resident(bytes_VR, format)
+        return format, parts
 
     def _wkv(self, layer: int) -> dict[str, Tensor]:
         prefix = f"layers.{layer}.engram."
@@ -158,16 +185,35 @@ class Released:
             weights[ours] = self._tensor(f"{prefix}{theirs}.weight")
         return weights
 
-    def _shards(self, name: str) -> Tensor:
-        """A table that is stored whole, or as shard_0 ... shard_n one below the other."""
+    def _shards(self, name: str) -> list[str]:
+        """Of a table that is stored whole, or as shard_0 ... shard_n one below the other."""
         if self._names(f"{name}.weight"):
-            return self._tensor(f"{name}.weight")
-        shards: list[Tensor] = []
-        while self._names(f"{name}.shard_{len(shards)}.weight"):
-            shards.append(self._tensor(f"{name}.shard_{len(shards)}.weight"))
+            return [f"{name}.weight"]
+        shards: list[str] = []
+        while self._names(shard := f"{name}.shard_{len(shards)}.weight"):
+            shards.append(shard)
         if not shards:
             raise DataError(f"{self.directory}: no tensor {name}.weight or {name}.shard_0.weight")
-        return torch.cat(shards)
+        return shards
+
+    def _place(self, suffixes: Sequence[str]) -> tuple[list[Region], Entry]:
+        """Where matrices that stand one below the other are, and the first one's entry."""
+        regions: list[Region] = []
+        entries: list[Entry] = []
+        for suffix in suffixes:
+            name = self._name(suffix)
+            path = self._files[name]
+            entry = read_header(path).tensors.get(name)
+            if entry is None:
+                raise DataError(f"{path}: no tensor {name}, which {INDEX} promises there")
+            if len(entry.shape) != 2:
+                raise MismatchError(f"{path}: {name} has shape {entry.shape}: a matrix is needed")
+            entries.append(entry)
+            if (entry.dtype, entry.shape[1]) != (entries[0].dtype, entries[0].shape[1]):
+                raise MismatchError(f"{path}: {name} is {entry}, the shard before {entries[0]}")
+            rows, row_bytes = entry.shape[0], entry.size // max(1, entry.shape[0])
+            regions.append(Region(path=path, offset=entry.offset, rows=rows, row_bytes=row_bytes))
+        return regions, entries[0]
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.layers:
@@ -193,17 +239,21 @@ class Released:
         """Stored names that end so: what stands before `layers.` differs between releases."""
         return [name for name in self._files if name == suffix or name.endswith("." + suffix)]
 
-    def _tensor(self, suffix: str) -> Tensor:
+    def _name(self, suffix: str) -> str:
         names = self._names(suffix)
         if not names:
             raise DataError(f"{self.directory}: no tensor {suffix}")
         if len(names) > 1:
             # Converted checkpoints with copies have been read in directory order before.
             raise DataError(f"{self.directory}: {suffix} is there twice, as {' and '.join(names)}")
+        return names[0]
+
+    def _tensor(self, suffix: str) -> Tensor:
+        name = self._name(suffix)
         try:
-            return _open(self._files[names[0]]).get_tensor(names[0])
+            return _open(self._files[name]).get_tensor(name)
         except SafetensorError as error:
-            raise DataError(f"{self._files[names[0]]}: {names[0]}: {error}") from error
+            raise DataError(f"{self._files[name]}: {name}: {error}") from error
 
 
 def dequantize_blocks(weight_OI: Tensor, scale_XY: Tensor, block: int) -> Tensor:
@@ -272,6 +322,12 @@ def _qwen(text: Mapping[str, Any]) -> MemoryConfig:
             zero_centered_norms=True,
         ),
     )
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    if entry.dtype not in DTYPES:
+        raise ConfigError(f"a table of {entry.dtype} values: {', '.join(DTYPES)} can be read")
+    return DTYPES[entry.dtype]
 
 
 def _key(text: Mapping[str, Any], name: str) -> Any:

@@ -7,10 +7,22 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import DataError
-from engram_lm.memory.rows import RowFormat
+from engram_lm.memory.rows import RowFormat, RowStore, select
+from engram_lm.store.door import Door
+
+COPIED_AT_ONCE = 2**24
+"""Bytes that copying a table takes beside it."""
 
 
-class Resident:
+def copy_rows(store: RowStore, bytes_VR: Tensor) -> None:
+    """Fills bytes_VR with all rows of a store."""
+    step = max(1, COPIED_AT_ONCE // store.format.row_bytes)
+    for start in range(0, store.rows, step):
+        rows_M = torch.arange(start, min(start + step, store.rows))
+        bytes_VR[start : start + step] = store.gather(rows_M)
+
+
+class Resident(RowStore):
     """A RowStore over one tensor of row bytes, (V, R) uint8, on any device."""
 
     def __init__(self, bytes_VR: Tensor, format: RowFormat) -> None:
@@ -20,14 +32,25 @@ class Resident:
                 f"{format.row_bytes} bytes a row is needed"
             )
         self.bytes_VR = bytes_VR
-        self.format = format
+        self.format, self.rows = format, len(bytes_VR)
+        self._door = Door("the table in memory")
+
+    @classmethod
+    def of(cls, store: RowStore) -> "Resident":
+        """All rows of another store, which stays open."""
+        bytes_VR = torch.empty(store.rows, store.format.row_bytes, dtype=torch.uint8)
+        copy_rows(store, bytes_VR)
+        return cls(bytes_VR, store.format)
 
     def gather(self, rows_M: Tensor) -> Tensor:
         """(M,) int64 -> (M, R) uint8."""
-        return self.bytes_VR.index_select(0, rows_M)
+        with self._door.inside():
+            return select(self.bytes_VR, rows_M)
 
     def prefetch(self, rows_M: Tensor) -> None:
         """Nothing to do: the rows are in memory."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Lets go of the tensor."""
+        if self._door.shut():
+            self.bytes_VR = self.bytes_VR.new_empty(0, self.format.row_bytes)

@@ -24,15 +24,10 @@ from engram_lm.memory.specification import Specification
 from engram_lm.store.header import Entry, read_header
 from engram_lm.store.packed import Packed
 from engram_lm.store.region import Region
-from engram_lm.store.released import INDEX, Released
+from engram_lm.store.released import DTYPES, INDEX, Released
 
-VALUES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-"""Dtypes of a stored table, by their names in a safetensors header."""
+_Place = tuple[Path, Entry]
+"""The file that holds a tensor, and where in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +127,12 @@ def open_sources(path: Path, tokenizer: Path | None = None) -> list[Source]:
     specification = released.memory.specification
     if specification.vocabulary is None:
         specification = specification.bind(released.canonical_map(tokenizer))
-    tensors, dim = _Tensors(path), released.memory.head_dim
-    layout = _deepseek if released.family == "deepseek-v4.1" else _qwen
-    return [_source(specification, layer, dim, layout(tensors, layer)) for layer in released.layers]
+    sources = []
+    for layer in released.layers:
+        format, parts = released.parts(layer)
+        source = Source(specification=specification, layer=layer, format=format, parts=parts)
+        sources.append(source.check())
+    return sources
 
 
 def _trainable(path: Path, record: Mapping[str, Any]) -> list[Source]:
@@ -143,116 +141,62 @@ def _trainable(path: Path, record: Mapping[str, Any]) -> list[Source]:
     memory = MemoryConfig.from_dict(record["memory"])
     # config.json may leave the vocabulary to the map that save_pretrained writes beside it.
     specification = memory.specification.bind(CanonicalMap.load(path / CANONICAL_MAP))
-    tensors, dim = _Tensors(path), memory.head_dim
-    _check_seal(tensors, specification)
+    tensors = _tensors(path)
+    _check_seal(path, tensors, specification)
     return [
-        _source(specification, layer, dim, [[tensors.find(f"tables.{layer}.weight")]])
+        _table(path, tensors, specification, layer, memory.head_dim)
         for layer in specification.layers
     ]
 
 
-def _check_seal(tensors: "_Tensors", specification: Specification) -> None:
+def _check_seal(path: Path, tensors: Mapping[str, _Place], specification: Specification) -> None:
     """The 32 bytes among the weights that say which specification they were trained with."""
-    path, entry = tensors.find("seal.sha256")
-    region = Region(path=path, offset=entry.offset, rows=1, row_bytes=entry.size)
+    file, entry = _find(path, tensors, "seal.sha256")
+    region = Region(path=file, offset=entry.offset, rows=1, row_bytes=entry.size)
     found = bytes(_read([region], 0, 1)[0][0].tolist()).hex()
     if found != specification.digest:
         raise MismatchError(
-            f"{path}: trained with the specification of sha256 {found}, config.json and map give "
+            f"{file}: trained with the specification of sha256 {found}, config.json and map give "
             f"{specification.digest}"
         )
 
 
-def _deepseek(tensors: "_Tensors", layer: int) -> list[list["_Place"]]:
-    prefix = f"layers.{layer}.engram.embed."
-    return [[tensors.find(prefix + "weight")], [tensors.find(prefix + "scale")]]
-
-
-def _qwen(tensors: "_Tensors", layer: int) -> list[list["_Place"]]:
-    """Stored whole, or as shard_0 ... shard_n one below the other."""
-    name = f"layers.{layer}.ple.ple_embedding.ngram_embedding"
-    if not tensors.has(f"{name}.shard_0.weight"):
-        return [[tensors.find(f"{name}.weight")]]
-    shards: list[_Place] = []
-    while tensors.has(shard := f"{name}.shard_{len(shards)}.weight"):
-        shards.append(tensors.find(shard))
-    return [shards]
-
-
-_Place = tuple[Path, Entry]
-
-
-def _source(
-    specification: Specification, layer: int, dim: int, places: list[list[_Place]]
+def _table(
+    path: Path,
+    tensors: Mapping[str, _Place],
+    specification: Specification,
+    layer: int,
+    dim: int,
 ) -> Source:
-    """Of values, and of scales where there are any."""
-    for path, entry in (place for part in places for place in part):
-        if len(entry.shape) != 2 or not all(entry.shape):
-            raise MismatchError(f"{path}: a table of shape {entry.shape}: a matrix is needed")
-    for part in places:
-        if len({(entry.dtype, entry.shape[1]) for _, entry in part}) > 1:
-            raise MismatchError(f"{part[0][0]}: shards of layer {layer} differ in dtype or width")
-    path, values = places[0][0]
-    if values.dtype not in VALUES or values.shape[1] != dim:
+    file, entry = _find(path, tensors, f"tables.{layer}.weight")
+    rows = specification.table_rows(layer)
+    if entry.dtype not in DTYPES or entry.shape != (rows, dim):
         raise MismatchError(
-            f"{path}: rows of {values.shape[1]} {values.dtype} for layer {layer}: {dim} of "
-            f"{', '.join(VALUES)} are needed"
+            f"{file}: table of layer {layer} is {entry.dtype} {entry.shape}, by config.json it is "
+            f"{(rows, dim)} of {', '.join(DTYPES)}"
         )
-    group = None
-    if len(places) > 1:
-        scales = places[1][0][1]
-        if scales.dtype not in ("F8_E8M0", "U8") or dim % scales.shape[1]:
-            raise MismatchError(
-                f"{path}: {scales.shape[1]} {scales.dtype} scales for rows of {dim}: one e8m0 for "
-                "each equal group is needed"
-            )
-        group = dim // scales.shape[1]
-    return Source(
-        specification=specification,
-        layer=layer,
-        format=RowFormat(dtype=VALUES[values.dtype], dim=dim, scale_group=group),
-        parts=[[_region(*place) for place in part] for part in places],
-    ).check()
+    format = RowFormat(dtype=DTYPES[entry.dtype], dim=dim)
+    region = Region(path=file, offset=entry.offset, rows=rows, row_bytes=format.row_bytes)
+    return Source(specification=specification, layer=layer, format=format, parts=[[region]])
 
 
-def _region(path: Path, entry: Entry) -> Region:
-    rows = entry.shape[0]
-    return Region(path=path, offset=entry.offset, rows=rows, row_bytes=entry.size // rows)
+def _tensors(directory: Path) -> dict[str, _Place]:
+    """Where each is, by the headers of the files that from_pretrained would read."""
+    files = [directory / "model.safetensors"]
+    if not files[0].exists() and (directory / INDEX).exists():
+        try:
+            index = json.loads((directory / INDEX).read_text())["weight_map"]
+            files = [directory / name for name in sorted(set(index.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{directory / INDEX}: no index ({error!r})") from error
+    return {
+        name: (file, entry) for file in files for name, entry in read_header(file).tensors.items()
+    }
 
 
-class _Tensors:
-    """Where each tensor of a checkpoint is, by the headers of its files."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        files = [directory / "model.safetensors"]
-        if not files[0].exists() and not (directory / INDEX).exists():
-            files = sorted(directory.glob("*.safetensors")) or files
-        elif not files[0].exists():
-            try:
-                index = json.loads((directory / INDEX).read_text())["weight_map"]
-                files = [directory / name for name in sorted(set(index.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"{directory / INDEX}: no index ({error!r})") from error
-        self._places: dict[str, _Place] = {}
-        for file in files:
-            for name, entry in read_header(file).tensors.items():
-                if name in self._places:
-                    raise DataError(f"{file}: {name} stands in {self._places[name][0]} too")
-                self._places[name] = (file, entry)
-
-    def _names(self, suffix: str) -> list[str]:
-        """What stands before a name differs between releases."""
-        return [name for name in self._places if name == suffix or name.endswith(f".{suffix}")]
-
-    def has(self, suffix: str) -> bool:
-        return bool(self._names(suffix))
-
-    def find(self, suffix: str) -> _Place:
-        names = self._names(suffix)
-        if len(names) != 1:
-            raise DataError(
-                f"{self.directory}: {' and '.join(names) or 'no tensor'} for {suffix}: one is "
-                "needed"
-            )
-        return self._places[names[0]]
+def _find(directory: Path, tensors: Mapping[str, _Place], suffix: str) -> _Place:
+    """A headless model's names lack the first part."""
+    for name in (f"model.{suffix}", suffix):
+        if name in tensors:
+            return tensors[name]
+    raise DataError(f"{directory}: no tensor model.{suffix}")

@@ -71,7 +71,7 @@ class ShardedTable(Table):
         rank, size = (0, 1) if shards is None else (shards.rank, shards.size)
         self.chunk = -(-rows // size)
         self.first_row, last_row = owned(rows, size)[rank]
-        self.rows, self.shards, self.replicas = rows, shards, replicas
+        self.shards, self.replicas = shards, replicas
         self.workers = size * (1 if replicas is None else replicas.size)
         self.traffic = Traffic()
         self._returning: list[Answer[None]] = []
@@ -79,6 +79,7 @@ class ShardedTable(Table):
         self._merged: RowGradient | None = None
         # Without memory, and so without drawing rows, which shard_tables copies or draws itself.
         super().__init__(last_row - self.first_row, dim, device="meta")
+        self.rows = rows
         empty = torch.empty(last_row - self.first_row, dim, dtype=dtype, device=device)
         self.weight = nn.Parameter(empty)
 
