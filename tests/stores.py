@@ -89,7 +89,7 @@ def changed(base_of):
 def cached(slower_of, share: float = 0.25):
     def cache(bytes_VR, format, directory):
         slower = slower_of(bytes_VR, format, directory)
-        return Cache(slower, int(bytes_VR.nbytes * share) + 16 * 12 + 16 * format.row_bytes)
+        return Cache(slower, int(bytes_VR.nbytes * share) + 16 * 16 + 16 * format.row_bytes)
 
     cache.__name__ = f"cache_{slower_of.__name__}"
     return cache

@@ -32,6 +32,16 @@ def rows(tmp_path):
     return region, bytes_VR
 
 
+@pytest.fixture
+def on_disk(rows):
+    """The same, no page of it in memory."""
+    descriptor = os.open(rows[0].path, os.O_RDWR)
+    os.fsync(descriptor)  # a page that is not written yet stays in the cache
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    return rows
+
+
 @pytest.mark.parametrize("size", [1, WINDOW * 5, SLICE, SLICE * 2 + 1])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_long_requests_are_read_window_by_window(rows, size, sparse):
@@ -117,12 +127,8 @@ def test_a_hint_starts_reading_and_the_gather_asks_the_kernel_for_nothing_else(r
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
-def test_pages_on_their_way_are_not_read_twice(rows):
-    region, bytes_VR = rows
-    descriptor = os.open(region.path, os.O_RDWR)
-    os.fsync(descriptor)  # a page that is not written yet stays in the cache
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+def test_pages_on_their_way_are_not_read_twice(on_disk):
+    region, bytes_VR = on_disk
 
     def read_bytes():
         lines = Path("/proc/self/io").read_text().splitlines()
@@ -137,6 +143,28 @@ def test_pages_on_their_way_are_not_read_twice(rows):
         assert torch.equal(store.gather(rows_M), bytes_VR[rows_M])
         taken = read_bytes() - before
     assert taken < 2 * sum(pages.sizes)
+
+
+def test_what_was_gathered_stays_in_no_cache_of_the_kernel(on_disk):
+    region, bytes_VR = on_disk
+    if not _is_dropped(region, 9):
+        pytest.skip("this file system keeps its pages: it is one in memory")
+    rows_M = torch.tensor([9, 300, 20_000])
+    with Disk(FP8, [[region]]) as store:
+        store.prefetch(rows_M)
+        assert torch.equal(store.gather(rows_M), bytes_VR[rows_M])
+    assert all(_is_dropped(region, row) for row in rows_M.tolist())
+
+
+def _is_dropped(region: Region, row: int) -> bool:
+    descriptor = os.open(region.path, os.O_RDONLY)
+    try:
+        os.preadv(descriptor, [bytearray(264)], region.offset + row * 264, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def test_hints_beyond_their_budget_are_dropped_and_old_ones_give_way():
@@ -244,6 +272,10 @@ def test_parts_that_do_not_make_rows_of_the_format_are_refused(tmp_path):
     scales = shards(tmp_path / "scales", bytes_VR[:, 256:])
     with pytest.raises(MismatchError, match="264 in all"):
         Disk(FP8, [values])
+    with pytest.raises(MismatchError, match="264 in all"):
+        Disk(FP8, [])
+    with pytest.raises(ConfigError, match="ahead_bytes=-1: 0 or more"):
+        Disk(FP8, [values, scales], ahead_bytes=-1)
     with pytest.raises(MismatchError, match=r"parts of \[30, 20\] rows"):
         Disk(FP8, [values, scales[2:]])
     split_disk(bytes_VR, FP8, tmp_path).close()
@@ -289,6 +321,21 @@ def test_released_files_that_are_not_whole_are_refused(where, tmp_path):
     index.write_text(json.dumps(names))
     with pytest.raises(DataError, match="no tensor layers.14.engram.embed.scale"):
         Released(directory).table(14, where=where)
+
+
+def test_a_released_file_that_is_replaced_while_being_opened_is_refused(tmp_path):
+    directory = copied("qwen4_exp", tmp_path)
+    path = directory / "model.safetensors"
+
+    def late(*given):
+        save_file({"a": torch.zeros(5), **load_file(path)}, path)
+        return Disk(*given)
+
+    with (
+        mock.patch("engram_lm.store.released.Disk", late),
+        pytest.raises(DataError, match="replaced while it was being opened"),
+    ):
+        Released(directory).table(1, where="disk")
 
 
 def test_released_tables_of_other_dtypes_or_shapes_are_refused(tmp_path):

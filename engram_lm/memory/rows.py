@@ -212,9 +212,11 @@ def select(values_VX: Tensor, rows_M: Tensor) -> Tensor:
 
 def check_rows(rows_M: Tensor, rows: int) -> None:
     """AddressError where a number is outside 0..rows-1: the first such and its place."""
-    wrong_M = (rows_M < 0) | (rows_M >= rows)
-    if wrong_M.any():
-        place = int(wrong_M.nonzero()[0])
+    if not len(rows_M):
+        return
+    lowest, highest = torch.aminmax(rows_M)
+    if lowest < 0 or highest >= rows:
+        place = int(((rows_M < 0) | (rows_M >= rows)).nonzero()[0])
         raise AddressError(
             f"row {int(rows_M[place])} asked for at position {place}: "
             f"this table has rows 0 to {rows - 1}"

@@ -1,6 +1,6 @@
 """The rows of a slower store that were asked for last, kept in memory.
 
-Shapes: M rows asked for, U distinct rows among them, K rows to take in, S sets, W ways, R bytes
+Shapes: M rows asked for, K distinct rows among them that are missing, S sets, W ways, R bytes
 per row.
 """
 
@@ -20,33 +20,32 @@ WAYS = 16
 """Places in a set. A row may only stand in its own set, and takes the place used longest ago: what
 LRU keeps but for crowded sets, found without an index over all rows."""
 NOBODY = -1
+BLOCK = 2048
+"""Rows looked up together: their sets' tags stay in the processor's cache."""
 
 
 class Cache(RowStore):
     """A RowStore that reads rows of `slower` once and keeps them within `budget_bytes`.
 
-    The budget covers rows and 12 bytes of bookkeeping each. ConfigError where no set fits in it.
+    The budget covers rows and 16 bytes of bookkeeping each. ConfigError where no set fits in it.
     """
 
     asked = 0
     """Rows, repeats included."""
-    unique = 0
-    """Rows, each once a request."""
     hits = 0
-    """Of `unique`: found here. The others were read from the slower store."""
+    """Of these: found here. The others were read from the slower store, repeats once a request."""
 
     def __init__(self, slower: RowStore, budget_bytes: int) -> None:
         self.slower, self.format, self.rows = slower, slower.format, slower.rows
-        tag, stamp = np.dtype(np.int64), np.dtype(np.uint32)
-        set_bytes = WAYS * (self.format.row_bytes + tag.itemsize + stamp.itemsize)
+        set_bytes = WAYS * (self.format.row_bytes + 2 * np.dtype(np.int64).itemsize)
         if budget_bytes < set_bytes:
             raise ConfigError(
                 f"budget_bytes={budget_bytes}: at least {set_bytes} are needed for {WAYS} rows "
                 f"of {self.format.row_bytes} bytes"
             )
         self.sets = min(budget_bytes // set_bytes, -(-self.rows // WAYS))
-        self._tags_SW = np.full((self.sets, WAYS), NOBODY, tag)
-        self._used_SW = np.zeros((self.sets, WAYS), stamp)  # the request that used a row last
+        self._tags_SW = np.full((self.sets, WAYS), NOBODY, np.int64)
+        self._used_SW = np.zeros((self.sets, WAYS), np.int64)  # the request that used a row last
         self._requests = 0
         self._bytes = torch.empty(self.sets * WAYS, self.format.row_bytes, dtype=torch.uint8)
         self._lock = threading.Lock()
@@ -57,24 +56,22 @@ class Cache(RowStore):
         rows_M = rows_M.cpu()
         with self._door.inside():
             check_rows(rows_M, self.rows)
-            merged = Merged.of(rows_M)
-            rows_U = merged.rows_U.numpy()
             with self._lock:
-                place_U, hit_U = self._find(rows_U)
+                place_M, hit_M = self._find(rows_M.numpy())
                 self._requests += 1
-                self._used_SW.reshape(-1)[place_U[hit_U]] = self._requests
-                self.asked, self.unique = self.asked + len(rows_M), self.unique + len(rows_U)
-                self.hits += int(np.count_nonzero(hit_U))
-                if hit_U.all():
-                    place_M = torch.from_numpy(place_U)[merged.position_M]
-                    return self._bytes.index_select(0, place_M)
-                bytes_UR = self._bytes.index_select(0, torch.from_numpy(place_U))
-            missed_K = torch.from_numpy(np.flatnonzero(~hit_U))
-            bytes_KR = self.slower.gather(merged.rows_U[missed_K]).cpu()
-            bytes_UR.index_copy_(0, missed_K, bytes_KR)
+                self._used_SW.reshape(-1)[place_M[hit_M]] = self._requests
+                self.asked += len(rows_M)
+                self.hits += int(np.count_nonzero(hit_M))
+                bytes_MR = self._bytes.index_select(0, torch.from_numpy(place_M))
+            if hit_M.all():
+                return bytes_MR
+            missed = torch.from_numpy(np.flatnonzero(~hit_M))
+            merged = Merged.of(rows_M[missed])
+            bytes_KR = self.slower.gather(merged.rows_U).cpu()
+            bytes_MR.index_copy_(0, missed, bytes_KR.index_select(0, merged.position_M))
             with self._lock:
-                self._take_in(rows_U[~hit_U], bytes_KR)
-            return bytes_UR.index_select(0, merged.position_M)
+                self._take_in(merged.rows_U.numpy(), bytes_KR)
+            return bytes_MR
 
     def prefetch(self, rows_M: Tensor) -> None:
         """Hands on what is not here."""
@@ -93,15 +90,17 @@ class Cache(RowStore):
             self._tags_SW, self._used_SW = self._tags_SW[:0].copy(), self._used_SW[:0].copy()
             self.slower.close()
 
-    def _find(self, rows_U: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Where each row is, and whether it is there at all (if not: the place of any)."""
-        set_U = rows_U % self.sets
-        here_UW = self._tags_SW[set_U] == rows_U[:, None]
-        way_U = here_UW.argmax(axis=1)
-        return set_U * WAYS + way_U, here_UW[np.arange(len(rows_U)), way_U]
+    def _find(self, rows_M: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where each row is, and whether it is there at all (if not: some place of its set)."""
+        place_M = rows_M % self.sets * WAYS
+        for start in range(0, len(rows_M), BLOCK):
+            block = slice(start, start + BLOCK)
+            tags_BW = self._tags_SW.take(place_M[block] // WAYS, axis=0)
+            place_M[block] += (tags_BW == rows_M[block, None]).argmax(axis=1)
+        return place_M, self._tags_SW.reshape(-1).take(place_M) == rows_M
 
     def _take_in(self, rows_K: NDArray[np.int64], bytes_KR: Tensor) -> None:
-        """Puts rows where the oldest of their sets are; of more than W in one set, the first W."""
+        """Puts distinct rows in the places of their sets' oldest; a set takes W and no more."""
         _, hit_K = self._find(rows_K)  # another thread may have brought some
         set_K = rows_K % self.sets
         order_K = np.argsort(set_K, kind="stable")

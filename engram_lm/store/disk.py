@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram_lm.errors import DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.rows import RowFormat, RowStore, check_rows
 from engram_lm.memory.table import Merged
 from engram_lm.store.ahead import Ahead
@@ -36,7 +36,8 @@ class Disk(RowStore):
     side, as values and scales do in files that keep them apart. ahead_bytes: pages that hints may
     keep in the page cache until they are gathered; what is hinted beyond is read when gathered.
     MismatchError where parts differ in rows, or do not add up to the format's bytes; DataError for
-    files that are missing, shorter than their regions say, or changed while open.
+    files that are missing, shorter than their regions say, or changed while open; ConfigError for
+    a negative ahead_bytes.
     """
 
     def __init__(
@@ -47,7 +48,6 @@ class Disk(RowStore):
         ahead_bytes: int = 64 * 2**20,
     ) -> None:
         self.format = format
-        self.rows = sum(region.rows for region in parts[0])
         widths = [{region.row_bytes for region in part} for part in parts]
         if any(len(width) != 1 for width in widths) or sum(map(sum, widths)) != format.row_bytes:
             raise MismatchError(
@@ -56,6 +56,9 @@ class Disk(RowStore):
         counts = [sum(region.rows for region in part) for part in parts]
         if len(set(counts)) != 1:
             raise MismatchError(f"parts of {counts} rows stand side by side: equally many needed")
+        if ahead_bytes < 0:
+            raise ConfigError(f"ahead_bytes={ahead_bytes}: 0 or more")
+        self.rows = counts[0]
         self._files = _open({region for part in parts for region in part})
         self._parts = [_Part.of(part, self._files) for part in parts]
         names = ", ".join(str(path) for path in self._files)

@@ -118,7 +118,11 @@ class Released:
         """
         if where not in ("memory", "disk"):
             raise ConfigError(f"where={where!r}: 'memory' or 'disk'")
-        disk = Disk(*self.parts(layer))
+        format, parts = self.parts(layer)
+        disk = Disk(format, parts)
+        if self.parts(layer) != (format, parts):
+            disk.close()
+            raise DataError(f"{self.directory}: a file was replaced while it was being opened")
         if where == "disk":
             return disk
         with disk:
@@ -144,7 +148,8 @@ class Released:
             values, value = self._place(self._shards(prefix + "ple.ple_embedding.ngram_embedding"))
             format = RowFormat(dtype=_dtype(value), dim=value.shape[1])
             parts = [values]
-        stored, rows = sum(r.rows for r in values), self.memory.specification.table_rows(layer)
+        stored = sum(region.rows for region in values)
+        rows = self.memory.specification.table_rows(layer)
         if (stored, format.dim) != (rows, self.memory.head_dim):
             raise MismatchError(
                 f"layer {layer}: the table has {stored} rows of {format.dim}, "

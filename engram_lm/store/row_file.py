@@ -2,9 +2,9 @@
 
 One thread tells the kernel of the pages to come (WILLNEED), reads exact rows from those that have
 arrived (preadv), and hands pages back (DONTNEED): the disk works on a few hundred reads at a time,
-rows arrive in the consumer's buffer, and the page cache keeps no 4 KiB for a row of 264 bytes. On
-the machine it was chosen on this reads more rows a second than 32 threads of preadv, than direct
-I/O and than touching a mapping, for half a thread pool's CPU time.
+rows arrive in the consumer's buffer, and the page cache keeps no 4 KiB for a row of 264 bytes. That
+takes some two thirds of the CPU time of 32 threads of preadv, and half of theirs on a file opened
+with O_DIRECT; benchmarks/disk_reads.py has them read in turn.
 
 Shapes: K rows of one file, ascending, W bytes each.
 """
