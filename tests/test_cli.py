@@ -43,7 +43,7 @@ def test_verbs_have_help_and_at_most_ten_options():
     assert set(verbs()) == {
         *("demo", "data", "train", "generate"),
         *("rows", "budget", "size", "info"),
-        "plan",
+        *("plan", "pack"),
     }
     for name, verb in verbs().items():
         options = [action for action in verb._actions if action.dest != "help"]

@@ -7,7 +7,7 @@ One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside 
 import argparse
 import sys
 
-from engram_lm.cli import budget, data, demo, generate, info, plan, rows, size, train
+from engram_lm.cli import budget, data, demo, generate, info, pack, plan, rows, size, train
 from engram_lm.errors import EngramError
 
 VERBS = {
@@ -19,6 +19,7 @@ VERBS = {
     "budget": budget,
     "size": size,
     "plan": plan,
+    "pack": pack,
     "info": info,
 }
 

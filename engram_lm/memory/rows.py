@@ -1,22 +1,44 @@
 """How a row is written, and what a place that holds rows must answer.
 
-Shapes: M rows asked for, E values per row, R bytes per row.
+Shapes: M rows asked for, E values per row, G scales per row, R bytes per row.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from engram_lm.errors import AddressError, ConfigError
+from engram_lm.errors import AddressError, ConfigError, DataError
+
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+"""torch knows it by name and does nothing with it: the bytes are ours."""
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+    "int4": INT4,
+}
+"""How values of a row may be written, by the names that files and options use."""
+
+_STEPS = {torch.int8: 127, INT4: 7}
+"""Largest integer that is written; scales lie so that it stands for a group's largest value."""
+_LEAST_EXPONENT = 10
+"""ue8m0 byte below which e4m3's smallest value would be no normal float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """The bytes of one row: `dim` values of `dtype`, then one ue8m0 scale per `scale_group` values.
+    """The bytes of one row: `dim` values of `dtype`, then one scale per `scale_group` values.
 
-    A ue8m0 byte b stands for 2^(b - 127) (DeepSeek-V4.1 has e4m3 values and a group of 32: 264 B).
+    All little-endian. Values: floats as they are, two's complement integers; of int4 two a byte,
+    the first in its low half. Scales: of fp8 one ue8m0 byte b, which stands for 2^(b - 127)
+    (DeepSeek-V4.1 has a group of 32: 264 B); of int8 and int4, which need them, a bfloat16.
+    docs/table-format.md draws it. Raises ConfigError.
     """
 
     dtype: torch.dtype
@@ -24,34 +46,127 @@ class RowFormat:
     scale_group: int | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES.values():
+            raise ConfigError(f"dtype={self.dtype}: a row is {', '.join(DTYPES)}")
         if self.dim < 1:
             raise ConfigError(f"dim={self.dim}: a row holds at least 1 value")
-        if self.scale_group is not None and self.dim % self.scale_group:
+        if self.dtype == INT4 and self.dim % 2:
+            raise ConfigError(f"dim={self.dim}: an int4 row holds an even number of values")
+        if self.scale_group is None:
+            if self.dtype in _STEPS:
+                raise ConfigError(f"scale_group=None: {self.name} rows need scales")
+        elif self.dtype.is_floating_point and self.dtype.itemsize > 1:
+            raise ConfigError(f"scale_group={self.scale_group}: {self.name} rows have no scales")
+        elif self.scale_group < 1 or self.dim % self.scale_group:
             raise ConfigError(f"scale_group={self.scale_group}: must divide dim={self.dim}")
+
+    @classmethod
+    def named(cls, name: str, dim: int) -> "RowFormat":
+        """The format of this name in DTYPES, where scaled with a scale per 32 values, or per the
+        largest power of two below that divides `dim`. ConfigError on other names."""
+        if name not in DTYPES:
+            raise ConfigError(f"dtype={name!r}: accepted are {', '.join(DTYPES)}")
+        scaled = DTYPES[name].itemsize == 1
+        return cls(dtype=DTYPES[name], dim=dim, scale_group=math.gcd(dim, 32) if scaled else None)
+
+    @property
+    def name(self) -> str:
+        """Of the dtype, in DTYPES."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """Of a row's scales; None where it has none."""
+        if self.scale_group is None:
+            return None
+        return torch.bfloat16 if self.dtype in _STEPS else torch.float8_e8m0fnu
 
     @property
     def value_bytes(self) -> int:
         """Bytes of a row's values, without its scales."""
-        return self.dim * self.dtype.itemsize
+        return self.dim // 2 if self.dtype == INT4 else self.dim * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
         """R, values and scales."""
-        return self.value_bytes + (0 if self.scale_group is None else self.dim // self.scale_group)
+        if self.scale_group is None or self.scale_dtype is None:
+            return self.value_bytes
+        return self.value_bytes + self.dim // self.scale_group * self.scale_dtype.itemsize
 
     def decode(self, bytes_MR: Tensor) -> Tensor:
-        """(M, R) uint8 -> (M, E) values: of `dtype` as they are, or scaled, then in bfloat16.
+        """(M, R) uint8 -> (M, E) values: of `dtype` as they are, or scaled, then in bfloat16 (fp8)
+        or float32 (int8, int4).
 
-        An e4m3 value times a power of two is exact in bfloat16, short of its ends.
+        A value times its scale is exact there, in bfloat16 short of its ends.
         """
         assert bytes_MR.dtype == torch.uint8 and bytes_MR.shape[-1] == self.row_bytes
         if self.scale_group is None:
             return bytes_MR.view(self.dtype)
-        values_MGE = bytes_MR[:, : self.value_bytes].contiguous().view(self.dtype)
-        values_MGE = values_MGE.float().unflatten(-1, (-1, self.scale_group))
+        values_MV, scales_MX = bytes_MR.tensor_split((self.value_bytes,), dim=-1)
+        if self.dtype in _STEPS:
+            # A clone begins where two bytes may be read as one number; a slice may not.
+            scales_MX = scales_MX.clone(memory_format=torch.contiguous_format)
+            packed = self.dtype == INT4
+            values_ME = _nibbles(values_MV) if packed else values_MV.view(torch.int8)
+            return self._scaled(values_ME, scales_MX.view(torch.bfloat16).float())
         # The byte is a float32's exponent field, which is how the released engines read it.
-        scales_MG = (bytes_MR[:, self.value_bytes :].to(torch.int32) << 23).view(torch.float32)
-        return (values_MGE * scales_MG[..., None]).flatten(1).bfloat16()
+        scales_MG = (scales_MX.to(torch.int32) << 23).view(torch.float32)
+        return self._scaled(values_MV.contiguous().view(self.dtype), scales_MG).bfloat16()
+
+    def _scaled(self, values_ME: Tensor, scales_MG: Tensor) -> Tensor:
+        values_MGE = values_ME.float().unflatten(-1, (-1, self.scale_group))
+        return (values_MGE * scales_MG[..., None]).flatten(1)
+
+    def encode(self, values_ME: Tensor) -> Tensor:
+        """(M, E) floats -> (M, R) uint8: the nearest that can be written; ties go to even.
+
+        A group's scale is the smallest that leaves its largest value within range: of fp8 a power
+        of two, of int8 and int4 any bfloat16. DataError where a value is not finite or too large.
+        """
+        assert values_ME.shape[-1] == self.dim
+        values_ME = values_ME.float()
+        scaled = self.scale_group is not None
+        # Scaled values stay below what bfloat16 and a scale rounded up can reach.
+        largest = 2.0**127 if scaled else torch.finfo(self.dtype).max
+        wrong_M = ~(values_ME.abs() <= largest).all(1)
+        if wrong_M.any():
+            row = int(wrong_M.nonzero()[0])
+            raise DataError(
+                f"row {row} of {len(values_ME)} holds a value that is not finite or above "
+                f"{largest:g}, which {self.name} cannot say"
+            )
+        if self.scale_group is None:
+            return values_ME.to(self.dtype).contiguous().view(torch.uint8)
+        values_MGE = values_ME.unflatten(-1, (-1, self.scale_group))
+        largest_MG = values_MGE.abs().amax(-1)
+        if self.dtype in _STEPS:
+            scales_MG = _scales_above(largest_MG, _STEPS[self.dtype])
+            # In float64 a quotient cannot be rounded onto a tie, or across it.
+            values_ME = (values_MGE.double() / scales_MG.double()[..., None]).round().flatten(1)
+            values_ME = values_ME.to(torch.int8)
+            if self.dtype == INT4:
+                values_ME = (values_ME[:, ::2] & 15) | (values_ME[:, 1::2] << 4)
+            return torch.cat([values_ME.view(torch.uint8), scales_MG.view(torch.uint8)], dim=1)
+        # e4m3 ends at 448 = 0.875 * 2^9.
+        fraction_MG, exponent_MG = torch.frexp(largest_MG)
+        bytes_MG = 127 + exponent_MG - 9 + (fraction_MG > 0.875).int()
+        bytes_MG = bytes_MG.clamp(min=_LEAST_EXPONENT)
+        values_MGE = values_MGE / (bytes_MG << 23).view(torch.float32)[..., None]
+        values_ME = values_MGE.flatten(1).to(self.dtype)
+        return torch.cat([values_ME.view(torch.uint8), bytes_MG.to(torch.uint8)], dim=1)
+
+
+def _nibbles(bytes_MV: Tensor) -> Tensor:
+    """(M, V) bytes -> (M, 2 V) int8 from -8 to 7, low halves first."""
+    halves = torch.stack([bytes_MV & 15, bytes_MV >> 4], dim=-1).flatten(1)
+    return (halves ^ 8).view(torch.int8) - 8
+
+
+def _scales_above(largest_MG: Tensor, steps: int) -> Tensor:
+    """The smallest normal bfloat16 of which `steps` reach so far."""
+    scales_MG = (largest_MG / steps).bfloat16().clamp(min=torch.finfo(torch.bfloat16).tiny)
+    short_MG = scales_MG.double() * steps < largest_MG.double()
+    return (scales_MG.view(torch.int16) + short_MG).view(torch.bfloat16)
 
 
 class RowStore(Protocol):

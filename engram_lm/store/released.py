@@ -116,12 +116,11 @@ class Released:
         In memory that costs the table's size (94 GiB for a layer of DeepSeek-V4.1-Flash). On disk
         rows are read from the released files as they are, when they are asked for.
         """
-        self._check_layer(layer)
         if where not in ("memory", "disk"):
             raise ConfigError(f"where={where!r}: 'memory' or 'disk'")
-        format, parts = self._layout(layer)
+        format, parts = self.parts(layer)
         disk = Disk(format, parts)
-        if self._layout(layer) != (format, parts):
+        if self.parts(layer) != (format, parts):
             disk.close()
             raise DataError(f"{self.directory}: a file was replaced while it was being opened")
         if where == "disk":
@@ -129,8 +128,10 @@ class Released:
         with disk:
             return Resident.of(disk)
 
-    def _layout(self, layer: int) -> tuple[RowFormat, list[list[Region]]]:
-        """Where the files have the parts of a row, and how it is read."""
+    def parts(self, layer: int) -> tuple[RowFormat, list[list[Region]]]:
+        """How rows of one layer's table are written, and where: lists that stand side by side, of
+        regions that follow each other."""
+        self._check_layer(layer)
         prefix = f"layers.{layer}."
         if self.family == "deepseek-v4.1":
             values, value = self._place([prefix + "engram.embed.weight"])
