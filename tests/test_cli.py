@@ -203,6 +203,8 @@ def test_generate_streams_text_with_and_without_memory(capsys, saved, monkeypatc
     on = run(capsys, *base, "--prompt=The Nile")
     off = run(capsys, *base, "--prompt=The Nile", "--memory=off")
     assert on["text"] != off["text"] and len(on["token_ids"]) == 8
+    disk = run(capsys, *base, "--prompt=The Nile", "--memory=disk", "--memory-budget=1MB")
+    assert disk["token_ids"] == on["token_ids"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("The Nile"))
     assert run(capsys, *base, "--prompt=-") == on
     assert main([*base, "--prompt=The Nile"]) == 0
@@ -215,6 +217,8 @@ def test_generate_refuses_what_makes_no_sense(capsys, saved):
     base = ["generate", f"--model={saved}", "--prompt=a"]
     assert "tokens=0" in refused(capsys, *base, "--tokens=0")
     assert "temperature=-1" in refused(capsys, *base, "--temperature=-1")
+    assert "how much memory it may take" in refused(capsys, *base, "--memory=disk")
+    assert "memory_budget='1 x'" in refused(capsys, *base, "--memory=disk", "--memory-budget=1 x")
 
 
 def test_a_saved_model_has_a_ledger(capsys, saved):

@@ -29,7 +29,13 @@ def options(add: Callable[..., Any]) -> None:
         help="0 takes the likeliest (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    add("--memory", choices=("on", "off"), default="on", help="off: the backbone alone")
+    add(
+        "--memory",
+        choices=("on", "off", "disk"),
+        default="on",
+        help="off: the backbone alone; disk: rows stay in the files (default: %(default)s)",
+    )
+    add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -46,7 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
             "at least 1, and 0 or more"
         )
     with opening(arguments.model):
-        model = EngramLMForCausalLM.from_pretrained(arguments.model).eval()
+        model = EngramLMForCausalLM.from_pretrained(
+            arguments.model,
+            memory="disk" if arguments.memory == "disk" else None,
+            memory_budget=arguments.memory_budget,
+        ).eval()
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.memory == "off" and model.config.memory is None:
         raise ConfigError("memory='off': this model has none")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.rows import RowStore
+from engram_lm.memory.served import Served
 from engram_lm.memory.table import Request, Table
 from engram_lm.memory.window import Window
 
@@ -17,11 +18,11 @@ from engram_lm.memory.window import Window
 class Memory:
     """Addresses, and for each layer the store that holds its rows.
 
-    A store may be the trainable table or anything else that answers RowStore; nobody who calls
-    `start` and `wait` can tell.
+    A store may be the trainable table, rows that a thread brings, or anything else that answers
+    RowStore; nobody who calls `start` and `wait` can tell.
     """
 
-    def __init__(self, addresses: Addresses, stores: Mapping[int, RowStore]) -> None:
+    def __init__(self, addresses: Addresses, stores: Mapping[int, RowStore | Served]) -> None:
         assert set(stores) == set(addresses.layers)
         self.addresses = addresses
         self.stores = stores
@@ -53,7 +54,7 @@ class Memory:
 
     def _request(self, layer: int, rows_M: Tensor) -> Request:
         store = self.stores[layer]
-        if isinstance(store, Table):
+        if isinstance(store, Table | Served):
             return store.start(rows_M)
         store.prefetch(rows_M)
         return _Gather(store, rows_M)

@@ -36,6 +36,8 @@ _HUB = (
 
 def begin(model: Any, directory: Path) -> None:
     """Before weights are written. ConfigError for a model that could not be loaded again."""
+    if model.base_model.served:
+        raise ConfigError("memory='disk': the rows are in files; open it without, to save it")
     if model.config.memory is not None and model.base_model.addresses is None:
         raise ConfigError(
             "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t)) before saving"

@@ -7,7 +7,7 @@ memory starts (`EngramLMModel.forward`) and where it is waited for (before its l
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
+from engram_lm.memory.served import Served
 from engram_lm.memory.table import Table
-from engram_lm.model import directory
+from engram_lm.model import directory, serve
 from engram_lm.model.cache import decoding_state, forget_state
 from engram_lm.model.config import TABLE_DTYPES, EngramLMConfig
 from engram_lm.model.documents import document_starts
@@ -63,6 +64,11 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
         "attentions": DeepseekV3Attention,
         "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
     }
+
+    def __init__(self, config: EngramLMConfig) -> None:
+        super().__init__(config)
+        if not serve.makes_tables():
+            self._keys_to_ignore_on_load_unexpected = {r"(^|\.)tables\."}
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -116,6 +122,8 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
         path: Any,
         *inputs: Any,
         tokenizer: Any = None,
+        memory: str | None = None,
+        memory_budget: int | str | None = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
@@ -125,17 +133,27 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
 
         A tokenizer.json beside the weights is always checked, `tokenizer` as well where it is
         given. DataError if the canonical map or the weights cannot be read.
+        memory="disk": rows stay in the weights' files and are read when they are asked for; of
+        memory they take `memory_budget` (bytes, or "2GB"). The model can then not be trained or
+        saved.
         """
+        budget = serve.budget_of(memory, memory_budget)
         canonical = directory.canonical_map(path, tokenizer, kwargs)
+        if budget is not None and canonical is None:
+            raise ConfigError(f"{path}: memory='disk', and the model has no memory")
+        elsewhere = nullcontext() if budget is None else serve.rows_in_files()
         try:
             # Sizes are compared below, where the error can say which and how.
-            loaded: Any = super().from_pretrained(
-                path, *inputs, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            with elsewhere:
+                loaded: Any = super().from_pretrained(
+                    path, *inputs, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
         except SafetensorError as error:
             raise DataError(f"{path}: the weights cannot be read ({error})") from error
         model, info = loaded
         directory.check_loaded(path, info, ignore_mismatched_sizes)
+        if budget is not None:
+            model.base_model.served = serve.open_rows(path, budget)
         if canonical is not None:
             model.set_canonical_map(canonical)
         return (model, info) if output_loading_info else model
@@ -170,11 +188,13 @@ class EngramLMModel(EngramLMPreTrainedModel):
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
         self.addresses: Addresses | None = None
         self.tables = nn.ModuleDict()
+        self.served: dict[int, Served] = {}
+        """Instead of tables, where rows stay in files."""
         self.keep = 0
         memory = config.memory_config
         if memory is not None:
             self.seal = Seal()
-            for layer in memory.specification.layers:
+            for layer in memory.specification.layers if serve.makes_tables() else ():
                 rows = memory.specification.table_rows(layer)
                 dtype = TABLE_DTYPES[config.table_dtype]
                 self.tables[str(layer)] = Table(rows, memory.head_dim, dtype=dtype)
@@ -207,7 +227,7 @@ class EngramLMModel(EngramLMPreTrainedModel):
     @property
     def reads_memory(self) -> bool:
         """False for a model without memory, and inside `without_memory`."""
-        return bool(self.tables) and not self._without_memory
+        return self.config.memory is not None and not self._without_memory
 
     @property
     def memory(self) -> Memory:
@@ -218,7 +238,7 @@ class EngramLMModel(EngramLMPreTrainedModel):
             )
         return Memory(
             self.addresses,
-            {int(layer): table for layer, table in self.tables.items()},
+            self.served or {int(layer): table for layer, table in self.tables.items()},
         )
 
     @merge_with_config_defaults
