@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -126,6 +127,25 @@ def test_a_hint_starts_reading_and_the_gather_asks_the_kernel_for_nothing_else(r
         assert len(store._ahead) == 0
 
 
+def test_rows_and_pages_are_counted_as_read_whoever_asks(tmp_path):
+    bytes_VR = content(FP8, 3000)
+    with split_disk(bytes_VR, FP8, tmp_path) as store, ThreadPoolExecutor(4) as readers:
+        requests = [zipf(3000, 400) for _ in range(40)]
+        list(readers.map(store.gather, requests))
+        assert store.rows_read == sum(len(request.unique()) for request in requests)
+        pages = 0
+        for request in requests:
+            for width in (256, 8):  # of values and of scales, each cut after 1,000 rows
+                places = [(row >= 1000, row - 1000 * (row >= 1000)) for row in request.tolist()]
+                ends = [
+                    (late, 13 + row * width + byte)
+                    for late, row in places
+                    for byte in (0, width - 1)
+                ]
+                pages += len({(late, byte // PAGE) for late, byte in ends})
+        assert store.bytes_read == pages * PAGE
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
 def test_pages_on_their_way_are_not_read_twice(on_disk):
     region, bytes_VR = on_disk
@@ -140,8 +160,10 @@ def test_pages_on_their_way_are_not_read_twice(on_disk):
         store.gather(torch.tensor([39_999]))
         before = read_bytes()
         store.prefetch(rows_M)
+        counted = store.bytes_read
         assert torch.equal(store.gather(rows_M), bytes_VR[rows_M])
         taken = read_bytes() - before
+        assert store.bytes_read - counted == sum(pages.sizes)
     assert taken < 2 * sum(pages.sizes)
 
 

@@ -4,6 +4,7 @@ Shapes: M rows asked for, U distinct rows among them, ascending, K of these in o
 per row, W of them in one part.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,11 @@ class Disk(RowStore):
     a negative ahead_bytes.
     """
 
+    rows_read = 0
+    """Rows, a request's repeats once."""
+    bytes_read = 0
+    """Of the pages that these lay on, values and scales: what the disk read for them."""
+
     def __init__(
         self,
         format: RowFormat,
@@ -63,6 +69,7 @@ class Disk(RowStore):
         self._parts = [_Part.of(part, self._files) for part in parts]
         names = ", ".join(str(path) for path in self._files)
         self._door = Door(f"the table in {names}")
+        self._counting = threading.Lock()
         pages = sum(-(-part.width // PAGE) for part in self._parts)
         self._ahead = Ahead(ahead_bytes // (pages * PAGE))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rows-ahead")
@@ -97,6 +104,7 @@ class Disk(RowStore):
     def _read(self, rows_U: Tensor) -> Tensor:
         self._ahead.gathered(rows_U.numpy())
         bytes_UR = torch.empty(len(rows_U), self.format.row_bytes, dtype=torch.uint8)
+        bytes_read = 0
         for start in range(0, len(rows_U), SLICE):
             some_U, into_UR = rows_U[start : start + SLICE], bytes_UR[start : start + SLICE]
             first = 0
@@ -104,10 +112,13 @@ class Disk(RowStore):
                 # Only a part that is the whole row can be read to where it belongs.
                 into_UW = into_UR[:, first : first + part.width].contiguous().numpy()
                 for file, offset_K, where in part.places(some_U.numpy()):
-                    file.read_rows(offset_K, into_UW[where])
+                    bytes_read += file.read_rows(offset_K, into_UW[where])
                 if len(self._parts) > 1:
                     into_UR[:, first : first + part.width] = torch.from_numpy(into_UW)
                 first += part.width
+        with self._counting:
+            self.rows_read += len(rows_U)
+            self.bytes_read += bytes_read
         return bytes_UR
 
     def _hint_next(self) -> int:

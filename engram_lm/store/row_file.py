@@ -81,8 +81,11 @@ class RowFile:
             raise
         self._stamp = _stamp(state)
 
-    def read_rows(self, offset_K: NDArray[np.int64], bytes_KW: NDArray[np.uint8]) -> None:
-        """Fills bytes_KW (C order) with the rows at these ascending offsets."""
+    def read_rows(self, offset_K: NDArray[np.int64], bytes_KW: NDArray[np.uint8]) -> int:
+        """Fills bytes_KW (C order) with the rows at these ascending offsets.
+
+        Returns the bytes of all pages that they lie on, which is what a disk reads for them.
+        """
         width = bytes_KW.shape[1]
         view = bytes_KW.reshape(-1).data
         extents = Extents.of(offset_K, width)
@@ -108,6 +111,7 @@ class RowFile:
             done = stop
         if _stamp(os.fstat(self._descriptor)) != self._stamp:
             raise DataError(f"{self.path}: it was changed after it had been opened")
+        return sum(extents.sizes)
 
     def hint(self, offset_K: NDArray[np.int64], width: int) -> None:
         """Starts reading the pages of rows at these ascending offsets, and waits for none unless
