@@ -1,12 +1,23 @@
 """A model whose rows stay on disk answers as the one that holds them, bit for bit."""
 
+import gc
+import io
+import os
+
 import pytest
 import torch
-from tiny import VOCABULARY, trained_model
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from tiny import VOCABULARY, tiny_model, trained_model
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.metrics import prometheus
+from engram_lm.memory.rows import RowFormat
 from engram_lm.model import EngramLMConfig, EngramLMForCausalLM, EngramLMModel
+from engram_lm.model.metrics_table import watch
 from engram_lm.model.units import bytes_of
+from engram_lm.store.pack import pack
+from engram_lm.store.source import open_sources
 
 IDS = torch.randint(2, VOCABULARY, (3, 29), generator=torch.Generator().manual_seed(3))
 SMALL = 32 * (32 + 12) * 8
@@ -18,6 +29,9 @@ def saved(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved")
     trained_model(request.param).save_pretrained(directory)
     return directory
+
+
+load = EngramLMForCausalLM.from_pretrained
 
 
 def logits(model):
@@ -75,15 +89,141 @@ def test_rows_are_found_in_sharded_weights_and_in_those_of_the_decoder_alone(sav
     assert torch.equal(*states)
 
 
-def test_every_wait_is_measured_and_a_second_pass_hits_the_rows_kept(saved):
-    served = EngramLMForCausalLM.from_pretrained(saved, memory="disk", memory_budget="1MB")
+def test_what_is_asked_found_read_and_waited_for_is_counted(saved):
+    served = load(saved, memory="disk", memory_budget="1MB")
+    addresses = served.model.addresses
     for _ in range(2):
         logits(served)
-    for layer in served.model.served.values():
-        assert len(layer.waits) == 2 and all(wait >= 0 for wait in layer.waits)
-        cache = layer.store
+    metrics = served.model.served.metrics()
+    for layer, rows_BTH in zip(addresses.layers, addresses.rows(IDS), strict=True):
+        each, unique = metrics[layer], len(rows_BTH.unique())
+        assert (each.asked, each.unique, each.requests) == (2 * rows_BTH.numel(), 2 * unique, 2)
+        cache, disk = each.tiers
         # A cache that has every row after the first pass answers all of the second.
-        assert cache.asked == 2 * IDS.numel() * 4 and cache.hits == cache.asked // 2
+        assert (cache.name, cache.asked, cache.hits) == ("cache", 2 * unique, unique)
+        assert (disk.name, disk.asked, disk.hits) == ("disk", unique, unique)
+        assert disk.bytes_read >= unique * served.model.served.layers[layer].format.row_bytes
+        waits = torch.tensor(list(served.model.served.layers[layer].waits), dtype=torch.float64)
+        assert len(waits) == 2 and each.wait_seconds == pytest.approx(float(waits.sum()))
+        assert each.wait_p50 == float(waits.quantile(0.5)) <= each.wait_p99
+
+
+def test_metrics_are_read_by_prometheus(saved):
+    served = load(saved, memory="disk", memory_budget="1MB")
+    logits(served)
+    metrics = served.model.served.metrics()
+    text = prometheus(metrics)
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation and family.type in ("counter", "summary")
+        for sample in family.samples:
+            samples[sample.name, *sorted(sample.labels.items())] = sample.value
+    for layer, each in metrics.items():
+        where = ("layer", str(layer))
+        assert samples["engram_rows_asked_total", where] == each.asked
+        assert samples["engram_rows_unique_total", where] == each.unique
+        disk = samples["engram_tier_read_bytes_total", where, ("tier", "disk")]
+        assert disk == each.tiers[1].bytes_read
+        assert samples["engram_row_wait_seconds_count", where] == 1
+        assert samples["engram_row_wait_seconds_sum", where] == each.wait_seconds
+        wait = samples["engram_row_wait_seconds", where, ("quantile", "0.99")]
+        assert wait == each.wait_p99
+
+
+def test_metrics_are_drawn_live(saved):
+    served = load(saved, memory="disk", memory_budget="1MB")
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with watch(served.model.served, console):
+        logits(served)
+    lines = [line for line in console.file.getvalue().splitlines() if "│" in line]
+    for layer, each in served.model.served.metrics().items():
+        line = [line for line in lines if f" {layer} " in line.split("│")[1]][-1]
+        assert f"{each.asked:,}" in line and "disk 100.0%" in line
+
+
+def test_the_next_tokens_rows_are_asked_for_when_it_is_sampled(saved, monkeypatch):
+    served = load(saved, memory="disk", memory_budget="1MB")
+    gathered, asked = [], []
+    for each in served.model.served.layers.values():
+
+        def gather(rows_U, store=each.store, gather=each.store.gather):
+            gathered.append(store)
+            return gather(rows_U)
+
+        def start(rows_M, start=each.start):
+            asked.append(rows_M)
+            return start(rows_M)
+
+        monkeypatch.setattr(each.store, "gather", gather)
+        monkeypatch.setattr(each, "start", start)
+    served.generate(
+        IDS[:1, :7], attention_mask=torch.ones(1, 7, dtype=torch.long), max_new_tokens=5
+    )
+    served.model.served.close()
+    # The prompt and four tokens are asked for; each once, and the fifth token's in vain.
+    assert len(asked) == 2 * 5 and len(gathered) == 2 * 6
+
+
+def test_rows_of_waiting_prompts_are_read_before_their_turn(saved):
+    served = load(saved, memory="disk", memory_budget="64MB")
+    served.model.look_ahead([IDS[0].tolist(), IDS[1].tolist()])
+    for index, (layer, each) in enumerate(served.model.served.layers.items()):
+        ahead = each.store.slower._ahead
+        rows = torch.cat([served.model.addresses.rows(IDS[i : i + 1])[index] for i in (0, 1)])
+        assert sorted(ahead._rows_A.tolist()) == rows.unique().tolist(), layer
+    whole = load(saved)
+    assert torch.equal(logits(served), logits(whole))
+    whole.model.look_ahead([IDS[0].tolist()])  # nothing to read
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+def test_rows_come_from_packed_tables(saved, tmp_path, dtype):
+    whole = load(saved)
+    for source in open_sources(saved):
+        format = RowFormat.named(dtype, source.format.dim)
+        pack(source, format, "packed", tmp_path / f"table-{source.layer}.safetensors")
+        if dtype == "fp8":
+            stored = whole.model.tables[str(source.layer)].weight
+            stored.data = format.decode(format.encode(stored.data)).float()
+    served = load(saved, memory="disk", memory_budget="1MB", tables=tmp_path)
+    assert torch.equal(logits(served), logits(whole))
+
+
+def test_packed_tables_of_another_model_are_refused(saved, tmp_path):
+    disk = {"memory": "disk", "memory_budget": "1MB"}
+    with pytest.raises(ConfigError, match="packed files are read with memory='disk'"):
+        load(saved, tables=tmp_path)
+    with pytest.raises(DataError, match="no packed tables; `engram pack"):
+        load(saved, **disk, tables=tmp_path)
+    first, _ = open_sources(saved)
+    pack(first, first.format, "packed", tmp_path / "a.safetensors")
+    with pytest.raises(MismatchError, match="no packed table of layer"):
+        load(saved, **disk, tables=tmp_path)
+    pack(first, first.format, "packed", tmp_path / "b.safetensors")
+    with pytest.raises(MismatchError, match="b.safetensors: a second table of layer"):
+        load(saved, **disk, tables=tmp_path)
+    other = tiny_model(1, orders=3)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "x").mkdir()
+    for source in open_sources(tmp_path / "other"):
+        pack(source, source.format, "packed", tmp_path / "x" / f"{source.layer}.safetensors")
+    with pytest.raises(MismatchError, match="packed with the specification of sha256"):
+        load(saved, **disk, tables=tmp_path / "x")
+
+
+def test_closed_tables_answer_in_one_line_and_a_dropped_model_closes_its_files(saved):
+    served = load(saved, memory="disk", memory_budget="1MB")
+    logits(served)
+    with served.model.served:
+        pass
+    with pytest.raises(DataError, match="the served tables are closed"):
+        logits(served)
+    files = len(os.listdir("/proc/self/fd"))
+    served = load(saved, memory="disk", memory_budget="1MB")
+    assert len(os.listdir("/proc/self/fd")) > files
+    del served
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(saved, tmp_path):
@@ -91,7 +231,6 @@ def test_what_cannot_be_served_is_refused_in_one_line(saved, tmp_path):
     with pytest.raises(ConfigError, match="the rows are in files; open it without"):
         served.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "model.safetensors").exists()
-    load = EngramLMForCausalLM.from_pretrained
     with pytest.raises(ConfigError, match="memory='ssd': None .* or 'disk'"):
         load(saved, memory="ssd", memory_budget="1MB")
     for given in ({"memory": "disk"}, {"memory_budget": "1MB"}):

@@ -7,7 +7,7 @@ from engram_lm.config import deepseek_v41
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
-from engram_lm.memory.rows import RowFormat
+from engram_lm.memory.rows import RowFormat, RowStore
 from engram_lm.memory.specification import Specification
 from engram_lm.memory.table import Table
 
@@ -63,7 +63,7 @@ def test_frozen_rows_get_no_gradient():
     assert not vectors.requires_grad and table.row_gradient is None
 
 
-class Bytes:
+class Bytes(RowStore):
     """A store that is no table: rows as bytes in host memory."""
 
     def __init__(self, format: RowFormat, content: torch.Tensor) -> None:

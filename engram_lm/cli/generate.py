@@ -36,13 +36,16 @@ def options(add: Callable[..., Any]) -> None:
         help="off: the backbone alone; disk: rows stay in the files (default: %(default)s)",
     )
     add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
+    add("--tables", type=Path, help="directory of packed tables to read them from (`engram pack`)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from contextlib import nullcontext
 
+    from rich.console import Console
     from transformers import AutoTokenizer, TextStreamer
 
+    from engram_lm.model.metrics_table import metrics_table
     from engram_lm.model.modeling import EngramLMForCausalLM
 
     torch = prepare(None)
@@ -56,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.model,
             memory="disk" if arguments.memory == "disk" else None,
             memory_budget=arguments.memory_budget,
+            tables=arguments.tables,
         ).eval()
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.memory == "off" and model.config.memory is None:
@@ -77,10 +81,13 @@ def run(arguments: argparse.Namespace) -> None:
             **(sampling if arguments.temperature > 0 else {"do_sample": False}),
         )
     new = out[0, len(ids) :].tolist()
+    served = model.model.served
+    if served is not None and not arguments.json:
+        Console(stderr=True).print(metrics_table(served.metrics()))
     if arguments.json:
         text = tokenizer.decode(new, skip_special_tokens=True)
-        print(
-            json.dumps(
-                {"prompt": prompt, "text": text, "token_ids": new, "memory": arguments.memory}
-            )
-        )
+        record = {"prompt": prompt, "text": text, "token_ids": new, "memory": arguments.memory}
+        if served is not None:
+            layers = {layer: each.to_dict() for layer, each in served.metrics().items()}
+            record["metrics"] = layers
+        print(json.dumps(record))

@@ -9,20 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from engram_lm.memory.ngrams import Addresses
-from engram_lm.memory.rows import RowStore
-from engram_lm.memory.served import Served
-from engram_lm.memory.table import Request, Table
+from engram_lm.memory.rows import Request, RowStore
 from engram_lm.memory.window import Window
 
 
 class Memory:
     """Addresses, and for each layer the store that holds its rows.
 
-    A store may be the trainable table, rows that a thread brings, or anything else that answers
-    RowStore; nobody who calls `start` and `wait` can tell.
+    A store may be the trainable table, rows that a thread brings, or any other RowStore; nobody who
+    calls `start` and `wait` can tell.
     """
 
-    def __init__(self, addresses: Addresses, stores: Mapping[int, RowStore | Served]) -> None:
+    def __init__(self, addresses: Addresses, stores: Mapping[int, RowStore]) -> None:
         assert set(stores) == set(addresses.layers)
         self.addresses = addresses
         self.stores = stores
@@ -41,23 +39,22 @@ class Memory:
         """The same for a window that the caller has opened (a cache keeps one)."""
         rows_LBTH = self.addresses.window_rows(window)
         requests = {
-            layer: self._request(layer, rows_BTH.reshape(-1))
+            layer: self.stores[layer].start(rows_BTH.reshape(-1))
             for layer, rows_BTH in zip(self.addresses.layers, rows_LBTH, strict=True)
         }
         return Pending(window, rows_LBTH, requests)
 
+    def look_ahead(self, token_ids_BT: Tensor, history_BH: Tensor | None = None) -> None:
+        """Hints to every layer's store that the rows of these tokens will be asked for soon."""
+        rows_LBTH = self.addresses.rows(token_ids_BT, history_BH)
+        for layer, rows_BTH in zip(self.addresses.layers, rows_LBTH, strict=True):
+            self.stores[layer].prefetch(rows_BTH.reshape(-1))
+
     def serve(self, window: Window) -> "Pending":
         """Asks every layer for no row; of tables that workers share, the others' are answered."""
         none_LBTH = self.addresses.window_rows(window)[:, :0]
-        requests = {layer: self._request(layer, none_LBTH.flatten()) for layer in self.stores}
+        requests = {layer: self.stores[layer].start(none_LBTH.flatten()) for layer in self.stores}
         return Unread(window, none_LBTH, requests)
-
-    def _request(self, layer: int, rows_M: Tensor) -> Request:
-        store = self.stores[layer]
-        if isinstance(store, Table | Served):
-            return store.start(rows_M)
-        store.prefetch(rows_M)
-        return _Gather(store, rows_M)
 
 
 class Pending:
@@ -85,13 +82,3 @@ class Unread(Pending):
         values_0E = self.requests[layer].wait()
         width = self.rows_LBTH.shape[3] * values_0E.shape[1]
         return values_0E.sum().expand(len(self.window.ids_BW), self.window.tokens, width)
-
-
-class _Gather:
-    """Rows of a store that is not trained."""
-
-    def __init__(self, store: RowStore, rows_M: Tensor) -> None:
-        self.store, self.rows_M = store, rows_M
-
-    def wait(self) -> Tensor:
-        return self.store.format.decode(self.store.gather(self.rows_M))

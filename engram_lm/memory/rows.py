@@ -5,7 +5,7 @@ Shapes: M rows asked for, E values per row, G scales per row, R bytes per row.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -80,6 +80,13 @@ class RowFormat:
         if self.scale_group is None:
             return None
         return torch.bfloat16 if self.dtype in _STEPS else torch.float8_e8m0fnu
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Of what `decode` gives."""
+        if self.scale_group is None:
+            return self.dtype
+        return torch.float32 if self.dtype in _STEPS else torch.bfloat16
 
     @property
     def value_bytes(self) -> int:
@@ -169,6 +176,26 @@ def _scales_above(largest_MG: Tensor, steps: int) -> Tensor:
     return (scales_MG.view(torch.int16) + short_MG).view(torch.bfloat16)
 
 
+class Request(Protocol):
+    """Rows of one table that have been asked for."""
+
+    def wait(self) -> Tensor:
+        """Their values, (M, E), in the order asked, repeats included."""
+        ...
+
+
+class Tier(NamedTuple):
+    """What one place has answered since it was opened."""
+
+    name: str
+    asked: int
+    """Rows that were asked of it."""
+    hits: int
+    """Of these: answered by it. The others it took from the place behind it."""
+    bytes_read: int
+    """From a device."""
+
+
 class RowStore(Protocol):
     """Where the rows of one layer's table live. It answers one question: give me these rows.
 
@@ -194,11 +221,28 @@ class RowStore(Protocol):
         """Gives back files, memory and threads; waits for readers that have begun."""
         ...
 
+    def start(self, rows_M: Tensor) -> Request:
+        """Asks for rows, (M,) int64, whose values will be waited for."""
+        self.prefetch(rows_M)
+        return _Read(self, rows_M)
+
+    def tiers(self) -> list[Tier]:
+        """The fastest first; of stores that keep no counts none."""
+        return []
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+class _Read:
+    def __init__(self, store: RowStore, rows_M: Tensor) -> None:
+        self.store, self.rows_M = store, rows_M
+
+    def wait(self) -> Tensor:
+        return self.store.format.decode(self.store.gather(self.rows_M))
 
 
 def select(values_VX: Tensor, rows_M: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ leaves the touched rows here, merged, and the row optimiser takes them.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engram_lm.memory.rows import RowFormat, select
+from engram_lm.memory.rows import Request, RowFormat, RowStore, select
 
 
 class RowGradient(NamedTuple):
@@ -37,14 +37,6 @@ class RowGradient(NamedTuple):
             torch.cat([gradient.rows_U for gradient in gradients]),
             torch.cat([gradient.values_UE for gradient in gradients]),
         )
-
-
-class Request(Protocol):
-    """Rows of one table that have been asked for."""
-
-    def wait(self) -> Tensor:
-        """Their values, (M, E), in the order asked, repeats included."""
-        ...
 
 
 class Merged(NamedTuple):
@@ -109,7 +101,7 @@ def unallocated() -> Iterator[None]:
         _UNALLOCATED.reset(token)
 
 
-class Table(nn.Module):
+class Table(nn.Module, RowStore):
     """`rows` rows of `dim` values as a parameter, and a RowStore over it.
 
     rows may pass 2^31 and rows * dim certainly does: everything that counts or points is int64.
@@ -137,8 +129,8 @@ class Table(nn.Module):
         """Draws new rows, of standard deviation 0.02."""
         nn.init.normal_(self.weight, std=0.02)
 
-    @property
-    def format(self) -> RowFormat:
+    @property  # what .to(dtype) makes of the parameter shows here
+    def format(self) -> RowFormat:  # type: ignore[override]
         """How a row's bytes are read: values of the parameter's dtype, no scales."""
         return RowFormat(dtype=self.weight.dtype, dim=self.weight.shape[1])
 
@@ -152,17 +144,11 @@ class Table(nn.Module):
     def close(self) -> None:
         """Nothing to give back: a parameter stays readable, its owner may go on training it."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
-
     def start(self, rows_M: Tensor) -> Request:
         """Asks for rows, (M,) int64. With a gradient to come, each is read once."""
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return TrainedRead(self, Merged.of(rows_M))
-        return _Read(self, rows_M)
+        return super().start(rows_M)
 
     def accumulate(self, rows_M: Tensor, values_ME: Tensor) -> None:
         """Adds the gradient of these rows, repeats summed, to what earlier backward passes left."""
@@ -182,14 +168,6 @@ class Table(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rows={self.weight.shape[0]}, dim={self.weight.shape[1]}"
-
-
-class _Read:
-    def __init__(self, table: Table, rows_M: Tensor) -> None:
-        self.table, self.rows_M = table, rows_M
-
-    def wait(self) -> Tensor:
-        return self.table.format.decode(self.table.gather(self.rows_M))
 
 
 class TrainedRead:

@@ -36,7 +36,7 @@ _HUB = (
 
 def begin(model: Any, directory: Path) -> None:
     """Before weights are written. ConfigError for a model that could not be loaded again."""
-    if model.base_model.served:
+    if model.base_model.served is not None:
         raise ConfigError("memory='disk': the rows are in files; open it without, to save it")
     if model.config.memory is not None and model.base_model.addresses is None:
         raise ConfigError(

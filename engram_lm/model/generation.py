@@ -2,11 +2,23 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from engram_lm.errors import ConfigError
 from engram_lm.model.cache import decoding_state
+
+
+class _RowsNext(StoppingCriteria):
+    """Stops nothing. It is what `generate` calls first with a token that it has just sampled."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.decoder.expect(input_ids)
+        return input_ids.new_zeros(len(input_ids), dtype=torch.bool)
 
 
 class EngramLMGenerationMixin(GenerationMixin):
@@ -35,6 +47,14 @@ class EngramLMGenerationMixin(GenerationMixin):
             state = decoding_state(cache, self.config.num_hidden_layers, self.model.keep)
             state.recording |= bool(generation_config.is_assistant)
         return prepared
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Beside the usual: of rows on disk, the next token's are asked for when it is sampled."""
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        one = (generation_config.num_beams or 1) == 1 and not generation_config.is_assistant
+        if self.model.served is not None and one:
+            criteria = StoppingCriteriaList([_RowsNext(self.model), *criteria])
+        return criteria
 
     def prepare_inputs_for_generation(
         self,

@@ -6,7 +6,8 @@ memory starts (`EngramLMModel.forward`) and where it is waited for (before its l
 """
 
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
-from engram_lm.memory.served import Served
+from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
 from engram_lm.model.cache import decoding_state, forget_state
@@ -124,6 +125,7 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
         tokenizer: Any = None,
         memory: str | None = None,
         memory_budget: int | str | None = None,
+        tables: str | os.PathLike[str] | None = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
@@ -133,11 +135,11 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
 
         A tokenizer.json beside the weights is always checked, `tokenizer` as well where it is
         given. DataError if the canonical map or the weights cannot be read.
-        memory="disk": rows stay in the weights' files and are read when they are asked for; of
-        memory they take `memory_budget` (bytes, or "2GB"). The model can then not be trained or
-        saved.
+        memory="disk": rows stay in the weights' files, or in the packed files of the directory
+        `tables`, and are read when they are asked for; of memory they take `memory_budget` (bytes,
+        or "2GB"). The model can then not be trained or saved.
         """
-        budget = serve.budget_of(memory, memory_budget)
+        budget = serve.budget_of(memory, memory_budget, tables)
         canonical = directory.canonical_map(path, tokenizer, kwargs)
         if budget is not None and canonical is None:
             raise ConfigError(f"{path}: memory='disk', and the model has no memory")
@@ -152,11 +154,16 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
             raise DataError(f"{path}: the weights cannot be read ({error})") from error
         model, info = loaded
         directory.check_loaded(path, info, ignore_mismatched_sizes)
-        if budget is not None:
-            model.base_model.served = serve.open_rows(path, budget)
         if canonical is not None:
             model.set_canonical_map(canonical)
+        if budget is not None:
+            model.serve_rows(serve.open_rows(model.config.memory_config, path, tables, budget))
         return (model, info) if output_loading_info else model
+
+    def serve_rows(self, served: ServedTables) -> None:
+        """Takes rows from these stores instead of tables, and closes them when it is collected."""
+        self.base_model.served = served
+        weakref.finalize(self.base_model, served.close)
 
     def set_canonical_map(self, canonical: CanonicalMap) -> None:
         """Gives a model with memory its tokenizer's map. MismatchError if it has another."""
@@ -188,7 +195,7 @@ class EngramLMModel(EngramLMPreTrainedModel):
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
         self.addresses: Addresses | None = None
         self.tables = nn.ModuleDict()
-        self.served: dict[int, Served] = {}
+        self.served: ServedTables | None = None
         """Instead of tables, where rows stay in files."""
         self.keep = 0
         memory = config.memory_config
@@ -236,10 +243,32 @@ class EngramLMModel(EngramLMPreTrainedModel):
             raise ConfigError(
                 "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t))"
             )
-        return Memory(
-            self.addresses,
-            self.served or {int(layer): table for layer, table in self.tables.items()},
-        )
+        if self.served is not None:
+            return Memory(self.addresses, self.served.layers)
+        return Memory(self.addresses, {int(layer): table for layer, table in self.tables.items()})
+
+    def look_ahead(self, prompts: Iterable[Sequence[int]]) -> None:
+        """Begins to read the rows of texts that wait for their turn, first things first.
+
+        prompts: token ids of each text from its start. What is beyond the part of the memory
+        budget that pages on their way may take is read when it is asked for. Does nothing where
+        rows are in memory.
+        """
+        for prompt in prompts:
+            self.memory.look_ahead(torch.as_tensor(prompt)[None])
+
+    def expect(self, token_ids_BT: Tensor) -> None:
+        """Asks for the rows of the last position, before the forward pass on it does.
+
+        token_ids_BT: the texts so far, their last few tokens at least. A wrong guess costs reading.
+        """
+        if self.served is None or not self.reads_memory:
+            return
+        addresses = self.memory.addresses
+        history_BH = token_ids_BT[:, :-1][:, -addresses.specification.lookback :]
+        rows_LBTH = addresses.rows(token_ids_BT[:, -1:], history_BH)
+        for served, rows_BTH in zip(self.served.layers.values(), rows_LBTH, strict=True):
+            served.expect(rows_BTH.reshape(-1))
 
     @merge_with_config_defaults
     @capture_outputs

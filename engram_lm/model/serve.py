@@ -3,19 +3,21 @@
 What a memory budget pays for: rows kept because they were asked for last, and pages on their way.
 """
 
+import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import ConfigError
-from engram_lm.memory.served import Served
+from engram_lm.config import MemoryConfig
+from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.rows import RowStore
+from engram_lm.memory.served import ServedTables
 from engram_lm.model.units import bytes_of, size_text
 from engram_lm.store.cache import Cache
 from engram_lm.store.disk import Disk
-from engram_lm.store.source import open_sources
+from engram_lm.store.source import Source, open_sources
 
 AHEAD = 8
 """Part of a budget that pages on their way may take: one in so many."""
@@ -38,10 +40,12 @@ def makes_tables() -> bool:
     return not _IN_FILES.get()
 
 
-def budget_of(memory: str | None, budget: int | str | None) -> int | None:
+def budget_of(
+    memory: str | None, budget: int | str | None, tables: str | os.PathLike[str] | None
+) -> int | None:
     """The bytes that rows on disk may take in memory; None where the tables are parameters.
 
-    ConfigError for another place than "disk", and where only one of the two is given.
+    ConfigError for another place than "disk", and for a budget or tables without it.
     """
     if memory not in (None, "disk"):
         raise ConfigError(f"memory={memory!r}: None (tables in memory) or 'disk'")
@@ -50,27 +54,61 @@ def budget_of(memory: str | None, budget: int | str | None) -> int | None:
             f"memory={memory!r}, memory_budget={budget!r}: 'disk' and how much memory it may take, "
             "as '2GB', or neither"
         )
+    if tables is not None and memory is None:
+        raise ConfigError(f"tables={str(tables)!r}: packed files are read with memory='disk'")
     return None if budget is None else bytes_of("memory_budget", budget)
 
 
-def open_rows(directory: Any, budget: int) -> dict[int, Served]:
-    """The rows of each layer, from the weights that save_pretrained wrote.
+def open_rows(
+    memory: MemoryConfig, directory: Any, tables: str | os.PathLike[str] | None, budget: int
+) -> ServedTables:
+    """The rows of each layer: from the weights that save_pretrained wrote, or from the packed files
+    in the directory `tables`.
 
     The budget is shared out by size of table. ConfigError where it is too small or the directory is
-    none of this machine; DataError and MismatchError where the files do not hold these tables.
+    none of this machine; DataError and MismatchError where the files do not hold the tables of
+    `memory`.
     """
-    directory = Path(directory)
+    sources = _sources(memory, Path(directory), None if tables is None else Path(tables))
+    size = sum(source.rows * source.format.row_bytes for source in sources)
+    stores: dict[int, RowStore] = {}
+    with ExitStack() as opened:
+        for source in sources:
+            share = budget * source.rows * source.format.row_bytes // size
+            disk = Disk(source.format, source.parts, ahead_bytes=share // AHEAD)
+            opened.callback(disk.close)
+            try:
+                stores[source.layer] = Cache(disk, share - share // AHEAD)
+            except ConfigError as error:
+                raise ConfigError(f"memory_budget={size_text(budget)}: {error}") from error
+        opened.pop_all()
+    return ServedTables(stores)
+
+
+def _sources(memory: MemoryConfig, directory: Path, tables: Path | None) -> list[Source]:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: memory='disk' reads a directory of this machine")
-    sources = open_sources(directory)
-    size = sum(source.rows * source.format.row_bytes for source in sources)
-    thread = ThreadPoolExecutor(1, thread_name_prefix="engram-rows")
-    served = {}
-    for source in sources:
-        share = budget * source.rows * source.format.row_bytes // size
-        disk = Disk(source.format, source.parts, ahead_bytes=share // AHEAD)
-        try:
-            served[source.layer] = Served(Cache(disk, share - share // AHEAD), thread)
-        except ConfigError as error:
-            raise ConfigError(f"memory_budget={size_text(budget)}: {error}") from error
-    return served
+    if tables is None:
+        return open_sources(directory)
+    files = sorted(tables.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{tables}: no packed tables; `engram pack MODEL --out DIR` writes them")
+    sources = {}
+    for file in files:
+        (source,) = open_sources(file)
+        if source.specification.digest != memory.specification.digest:
+            raise MismatchError(
+                f"{file}: packed with the specification of sha256 {source.specification.digest}, "
+                f"the model has {memory.specification.digest}"
+            )
+        if source.format.dim != memory.head_dim:
+            raise MismatchError(
+                f"{file}: rows of {source.format.dim} values, the model has {memory.head_dim}"
+            )
+        if source.layer in sources:
+            raise MismatchError(f"{file}: a second table of layer {source.layer}")
+        sources[source.layer] = source
+    missing = set(memory.specification.layers) - set(sources)
+    if missing:
+        raise MismatchError(f"{tables}: no packed table of layer {min(missing)}")
+    return [sources[layer] for layer in memory.specification.layers]

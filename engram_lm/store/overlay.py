@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import DataError
-from engram_lm.memory.rows import RowStore, check_rows
+from engram_lm.memory.rows import RowStore, Tier, check_rows
 from engram_lm.store.door import Door
 
 
@@ -57,6 +57,10 @@ class Overlay(RowStore):
         """Closes the base."""
         if self._door.shut():
             self.base.close()
+
+    def tiers(self) -> list[Tier]:
+        """Those of the base."""
+        return self.base.tiers()
 
     def _find(self, rows_M: Tensor) -> tuple[Tensor, Tensor]:
         place_M = torch.searchsorted(self._rows_K[:-1], rows_M)

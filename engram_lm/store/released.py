@@ -27,8 +27,8 @@ from engram_lm.store.disk import Disk
 from engram_lm.store.header import Entry, read_header
 from engram_lm.store.region import Region
 from engram_lm.store.resident import Resident
+from engram_lm.store.weights import INDEX, weight_files
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -227,18 +227,7 @@ class Released:
     @cached_property
     def _files(self) -> Mapping[str, Path]:
         """Tensor name -> file."""
-        index = self.directory / INDEX
-        if index.is_file():
-            names = _json(index).get("weight_map", {})
-            return {name: self.directory / file for name, file in names.items()}
-        files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            raise DataError(f"{self.directory}: no {INDEX} and no safetensors file")
-        found: dict[str, Path] = {}
-        for file in files:
-            for name in _open(file).keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                found[name] = file
-        return found
+        return weight_files(self.directory)
 
     def _names(self, suffix: str) -> list[str]:
         """Stored names that end so: what stands before `layers.` differs between releases."""

@@ -24,7 +24,8 @@ from engram_lm.memory.specification import Specification
 from engram_lm.store.header import Entry, read_header
 from engram_lm.store.packed import Packed
 from engram_lm.store.region import Region
-from engram_lm.store.released import DTYPES, INDEX, Released
+from engram_lm.store.released import DTYPES, Released
+from engram_lm.store.weights import weight_files
 
 _Place = tuple[Path, Entry]
 """The file that holds a tensor, and where in it."""
@@ -181,14 +182,8 @@ def _table(
 
 
 def _tensors(directory: Path) -> dict[str, _Place]:
-    """Where each is, by the headers of the files that from_pretrained would read."""
-    files = [directory / "model.safetensors"]
-    if not files[0].exists() and (directory / INDEX).exists():
-        try:
-            index = json.loads((directory / INDEX).read_text())["weight_map"]
-            files = [directory / name for name in sorted(set(index.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{directory / INDEX}: no index ({error!r})") from error
+    """Where each is, by the headers of the files."""
+    files = sorted(set(weight_files(directory).values()))
     return {
         name: (file, entry) for file in files for name, entry in read_header(file).tensors.items()
     }

@@ -3,7 +3,6 @@
 Shapes: rows of a table (rows, E), of which a worker holds those from `first_row` on.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from engram_lm.errors import DataError, MismatchError
 from engram_lm.memory.table import Table
 from engram_lm.model.directory import first
 from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.store.weights import weight_files
 from engram_lm.train.blocks import BYTES
 from engram_lm.train.sharded_table import ShardedTable
 from engram_lm.train.together import Together, reason
@@ -120,7 +120,7 @@ def _blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 @torch.no_grad()
 def _load(model: EngramLMForCausalLM, directory: Path) -> None:
     tables = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Table)}
-    files, tied = _files(directory), model.all_tied_weights_keys
+    files, tied = weight_files(directory), model.all_tied_weights_keys
     wanted = {name: value for name, value in model.state_dict().items() if name not in tied}
     for names, words in (
         (wanted.keys() - files.keys(), "the weights lack"),
@@ -148,20 +148,6 @@ def _load(model: EngramLMForCausalLM, directory: Path) -> None:
                 value[start:stop] = saved[first_row + start : first_row + stop]
     # By way of load_state_dict, where the seal compares specifications.
     model.load_state_dict(backbone, strict=False)
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """Tensor -> the file that holds it."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{index}: {reason(error)}") from error
-        return {name: directory / file for name, file in names.items()}
-    path = directory / "model.safetensors"
-    with _opened(path) as file:
-        return dict.fromkeys(file.keys(), path)
 
 
 @contextmanager

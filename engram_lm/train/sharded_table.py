@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from engram_lm.errors import AddressError, ConfigError
 from engram_lm.memory.initial_rows import draw_rows
-from engram_lm.memory.table import Merged, Request, RowGradient, Table, TrainedRead
+from engram_lm.memory.rows import Request
+from engram_lm.memory.table import Merged, RowGradient, Table, TrainedRead
 from engram_lm.model.traffic import ID_BYTES, owned
 from engram_lm.train.exchange import Answer, Exchange
 
