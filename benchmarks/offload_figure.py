@@ -1,0 +1,119 @@
+"""The numbers and the figure of benchmarks/offload.py, made of its record.
+
+Redrawn from the file alone: python benchmarks/offload_figure.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+
+ARMS = {
+    "ram": ("#444444", "in memory"),
+    "cached": ("#0072B2", "cache of 25 % over disk"),
+    "disk": ("#56B4E9", "disk, no cache"),
+    "sync": ("#D55E00", "disk, read when wanted"),
+}
+"""Colours that colour-blind readers tell apart (Okabe and Ito)."""
+
+Cells = dict[str, dict[str, list[Any]]]
+
+
+def ratios(cells: Cells, key: str) -> dict[str, float]:
+    """Of one backbone, phase and batch: throughput of each arm over that without memory, and over
+    that in memory; medians over steps."""
+    seconds = {arm: statistics.median(cells[f"{key}/{arm}"]["seconds"]) for arm in ("none", *ARMS)}
+    over = [("none", arm) for arm in ARMS] + [("ram", arm) for arm in ARMS if arm != "ram"]
+    return {f"{arm}_over_{other}": seconds[other] / seconds[arm] for other, arm in over}
+
+
+def disk_bound(cells: Cells, facts: dict[str, Any], key: str, arm: str) -> float:
+    """Throughput over that in memory, were the disk's rate of rows all that limits it."""
+    each = cells[f"{key}/{arm}"]
+    reading = statistics.median(each["missed"]) / facts["disk"]["rows_per_second"]
+    return min(1.0, statistics.median(cells[f"{key}/ram"]["seconds"]) / reading)
+
+
+def keys(cells: Cells) -> list[str]:
+    """Backbone, phase and batch, in the order measured."""
+    return list(dict.fromkeys(key.rpartition("/")[0] for key in cells))
+
+
+def summarize(cells: Cells, facts: dict[str, Any]) -> dict[str, float]:
+    """Flat: name -> number."""
+    summary = {f"disk_{name}": value for name, value in facts["disk"].items()}
+    for key in keys(cells):
+        name = key.replace("/", "_").replace(".", "_")
+        batch, tokens = int(key.rpartition("/b")[2]), 256 if "prefill" in key else 1
+        for arm in ("none", *ARMS):
+            each = cells[f"{key}/{arm}"]
+            speed = batch * tokens / statistics.median(each["seconds"])
+            summary[f"{name}_{arm}_tokens_per_second"] = speed
+        for ratio, value in ratios(cells, key).items():
+            summary[f"{name}_{ratio}"] = value
+        for arm in ("cached", "disk"):
+            each = cells[f"{key}/{arm}"]
+            summary[f"{name}_{arm}_bound"] = disk_bound(cells, facts, key, arm)
+            summary[f"{name}_{arm}_wait_ms"] = 1e3 * statistics.median(each["waited"])
+            summary[f"{name}_{arm}_miss_share"] = sum(each["missed"]) / sum(each["asked"])
+            extra = sum(each["cpu_seconds"]) - sum(cells[f"{key}/ram"]["cpu_seconds"])
+            summary[f"{name}_{arm}_cpu_us_per_row_read"] = 1e6 * extra / max(1, sum(each["missed"]))
+            summary[f"{name}_{arm}_bytes_read"] = statistics.median(each["bytes_read"])
+    for backbone, each in facts.items():
+        if isinstance(each, dict) and "limit" in each:
+            name = backbone.replace(".", "_")
+            for fact in ("peak_without_rows", "budget", "limit", "peak", "cgroup_peak"):
+                summary[f"{name}_{fact}"] = each[fact]
+    first = facts.get("first_token_seconds")
+    if first:
+        for arm, values in first.items():
+            summary[f"first_token_{arm}_seconds"] = statistics.median(values)
+    return summary
+
+
+def draw(cells: Cells, facts: dict[str, Any], record: Path) -> None:
+    """Beside the record, as SVG and PNG: one panel a backbone and phase."""
+    panels = list(dict.fromkeys(key.rpartition("/b")[0] for key in keys(cells)))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.1 * len(panels) + 0.6, 3.6), sharey=True, squeeze=False
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        batches = [key for key in keys(cells) if key.startswith(f"{panel}/")]
+        for place, key in enumerate(batches):
+            found = ratios(cells, key)
+            for offset, (arm, (colour, label)) in enumerate(ARMS.items()):
+                x = place + 0.2 * (offset - 1.5)
+                height = found[f"{arm}_over_none"]
+                axis.bar(x, height, 0.18, color=colour, label=None if place else label)
+                text = "" if arm == "ram" else f"{found[f'{arm}_over_ram']:.2f}"
+                axis.text(x, height + 0.01, text, ha="center", va="bottom", fontsize=6)
+                if arm in ("cached", "disk"):
+                    bound = disk_bound(cells, facts, key, arm) * found["ram_over_none"]
+                    axis.hlines(bound, x - 0.1, x + 0.1, color="black", lw=1.2)
+        axis.set_title(panel.replace("/", ", "), fontsize=9)
+        axis.set_xticks(range(len(batches)), [key.rpartition("/b")[2] for key in batches])
+        axis.set_xlabel("sequences")
+        axis.axhline(1, color="#999999", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("tokens/s, of those without memory")
+    axes[0][0].set_ylim(0, 1.15)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="black", lw=1.2))
+    labels.append("bound by the disk's rows/s")
+    figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    for suffix in (".svg", ".png"):
+        figure.savefig(record.with_suffix(suffix), dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    path = Path("results/offload.json")
+    raw = json.loads(path.read_text())["raw"]
+    draw(raw["cells"], raw["facts"], path)
