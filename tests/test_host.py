@@ -14,7 +14,7 @@ from stores import FORMATS, claim_same_bits, content, zipf
 
 from engram_lm.errors import DataError
 from engram_lm.store.host import Host
-from engram_lm.store.resident import Resident
+from engram_lm.store.resident import COPIED_AT_ONCE, Resident
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is Linux's memfd")
 FORMAT = FORMATS["fp8"]
@@ -69,6 +69,15 @@ def test_memory_outlives_a_reader_and_the_process_that_made_it():
         claim_same_bits(host, bytes_VR)
         with pickle.loads(pickle.dumps(host)) as again:
             claim_same_bits(again, bytes_VR)
+
+
+@pytest.mark.parametrize("kind", [Host, Resident])
+def test_copying_tells_every_byte_it_has_copied(kind):
+    pieces = []
+    store = Resident(content(FORMAT, 2 * COPIED_AT_ONCE // 264 + 9), FORMAT)
+    with kind.of(store, progress=pieces.append) as copied:
+        claim_same_bits(copied, store.bytes_VR)
+    assert len(pieces) == 3 and sum(pieces) == store.bytes_VR.nbytes
 
 
 def test_processes_map_one_memory_and_not_copies():

@@ -3,9 +3,11 @@
 Shapes: M rows asked for, E values per row, G scales per row, R bytes per row.
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -104,11 +106,21 @@ class RowFormat:
         """(M, R) uint8 -> (M, E) values: of `dtype` as they are, or scaled, then in bfloat16 (fp8)
         or float32 (int8, int4).
 
-        A value times its scale is exact there, in bfloat16 short of its ends.
+        A value times its scale is exact there, in bfloat16 short of its ends. On a CPU fp8 takes
+        the compiled way (rows_numba.py) where numba is installed, to the same bits.
         """
         assert bytes_MR.dtype == torch.uint8 and bytes_MR.shape[-1] == self.row_bytes
         if self.scale_group is None:
             return bytes_MR.view(self.dtype)
+        if self.dtype == torch.float8_e4m3fn and bytes_MR.device.type == "cpu":
+            compiled = _compiled()
+            if compiled is not None and compiled.compiles(self):
+                return compiled.decode(self, bytes_MR)
+        return self.decode_plainly(bytes_MR)
+
+    def decode_plainly(self, bytes_MR: Tensor) -> Tensor:
+        """The same for a scaled format, on any device, by torch alone."""
+        assert self.scale_group is not None
         values_MV, scales_MX = bytes_MR.tensor_split((self.value_bytes,), dim=-1)
         if self.dtype in _STEPS:
             # A clone begins where two bytes may be read as one number; a slice may not.
@@ -161,6 +173,15 @@ class RowFormat:
         values_MGE = values_MGE / (bytes_MG << 23).view(torch.float32)[..., None]
         values_ME = values_MGE.flatten(1).to(self.dtype)
         return torch.cat([values_ME.view(torch.uint8), bytes_MG.to(torch.uint8)], dim=1)
+
+
+@functools.cache
+def _compiled() -> Any:
+    if find_spec("numba") is None:
+        return None
+    from engram_lm.memory import rows_numba
+
+    return rows_numba
 
 
 def _nibbles(bytes_MV: Tensor) -> Tensor:

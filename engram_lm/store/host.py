@@ -44,8 +44,9 @@ class Host(RowStore):
             )
 
     @classmethod
-    def of(cls, store: RowStore) -> "Host":
-        """All rows of a store, copied into new shared memory. The store stays open.
+    def of(cls, store: RowStore, progress: Callable[[int], None] | None = None) -> "Host":
+        """All rows of a store, copied into new shared memory. The store stays open. progress:
+        called with the bytes copied, piece by piece.
 
         DataError where the kernel refuses so much.
         """
@@ -59,7 +60,7 @@ class Host(RowStore):
             os.close(descriptor)
             raise DataError(f"{size} bytes of shared memory: {error.strerror}") from error
         try:
-            copy_rows(store, host._bytes_VR)
+            copy_rows(store, host._bytes_VR, progress)
         except BaseException:
             host.close()
             raise

@@ -3,6 +3,8 @@
 Shapes: V rows of the table, M rows asked for, R bytes per row.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,17 @@ COPIED_AT_ONCE = 2**24
 """Bytes that copying a table takes beside it."""
 
 
-def copy_rows(store: RowStore, bytes_VR: Tensor) -> None:
-    """Fills bytes_VR with all rows of a store."""
+def copy_rows(
+    store: RowStore, bytes_VR: Tensor, progress: Callable[[int], None] | None = None
+) -> None:
+    """Fills bytes_VR with all rows of a store. progress: called with the bytes of each piece."""
     step = max(1, COPIED_AT_ONCE // store.format.row_bytes)
     for start in range(0, store.rows, step):
         rows_M = torch.arange(start, min(start + step, store.rows))
-        bytes_VR[start : start + step] = store.gather(rows_M)
+        bytes_MR = store.gather(rows_M)
+        bytes_VR[start : start + step] = bytes_MR
+        if progress is not None:
+            progress(bytes_MR.nbytes)
 
 
 class Resident(RowStore):
@@ -36,10 +43,11 @@ class Resident(RowStore):
         self._door = Door("the table in memory")
 
     @classmethod
-    def of(cls, store: RowStore) -> "Resident":
-        """All rows of another store, which stays open."""
+    def of(cls, store: RowStore, progress: Callable[[int], None] | None = None) -> "Resident":
+        """All rows of another store, which stays open. progress: called with the bytes copied,
+        piece by piece."""
         bytes_VR = torch.empty(store.rows, store.format.row_bytes, dtype=torch.uint8)
-        copy_rows(store, bytes_VR)
+        copy_rows(store, bytes_VR, progress)
         return cls(bytes_VR, store.format)
 
     def gather(self, rows_M: Tensor) -> Tensor:
