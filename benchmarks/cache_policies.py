@@ -238,7 +238,7 @@ def main() -> None:
     hot_K = np.argsort(-counts_V, kind="stable")[: len(counts_V) // 4].astype(np.int32)
     known = policies(len(counts_V), bounds[-1], hot_K)
     few = dict(list(known.items())[: list(known).index("lru")])
-    two = {"lru_16_ways": in_sets, "segmented_16_ways": segmented}
+    two: dict[str, Replay] = {"lru_16_ways": in_sets, "segmented_16_ways": segmented}
     jobs: list[tuple[str, str, Callable[[Addresses, Text], Requests], dict[str, Replay], Shares]]
     jobs = [
         ("", "mixed", decode, known, SHARES),
