@@ -587,10 +587,14 @@ def test_a_model_in_a_subfolder_is_checked_there(whole):
     assert model.model.addresses is not None
 
 
-def test_large_files_are_hashed_with_a_bar(whole, capsys, monkeypatch):
+def test_large_files_are_hashed_with_a_bar_on_a_terminal(whole, capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
     checksums.verify(whole)
     assert not capsys.readouterr().err
     monkeypatch.setattr(checksums, "_LARGE", 0)
     checksums.verify(whole)
     bar = capsys.readouterr().err
     assert "verifying" in bar and "/s" in bar
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    checksums.verify(whole)
+    assert not capsys.readouterr().err

@@ -8,16 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from engram_lm.errors import ConfigError
 
 HELP = (
@@ -64,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _pack(arguments: argparse.Namespace) -> None:
     from engram_lm.memory.rows import RowFormat
     from engram_lm.store import aside
+    from engram_lm.store.byte_bar import byte_bar
     from engram_lm.store.pack import check_layout, pack
     from engram_lm.store.source import open_sources
 
@@ -87,7 +78,7 @@ def _pack(arguments: argparse.Namespace) -> None:
                 f"({source.format.row_bytes} B) as {format.name} ({format.row_bytes} B), "
                 f"{size / 1e9:.2f} GB, into {path}"
             )
-        with _bar() as bar:
+        with byte_bar() as bar:
             task = bar.add_task(f"layer {source.layer}", total=size)
             pack(source, format, arguments.layout, path, partial(bar.advance, task))
     for _, _, path in tables:
@@ -112,12 +103,13 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from engram_lm.store.byte_bar import byte_bar
     from engram_lm.store.packed import Packed
 
     started, files = time.perf_counter(), []
     for path in arguments.verify:
         packed = Packed.open(path)
-        with _bar() as bar:
+        with byte_bar() as bar:
             task = bar.add_task(path.name, total=packed.region.end - packed.region.offset)
             damaged = [each._asdict() for each in packed.damaged(partial(bar.advance, task))]
         files.append({"file": str(path), "sha256": packed.sha256, "damaged": damaged})
@@ -138,16 +130,3 @@ def _layers(text: str | None, there: list[int]) -> list[int]:
     if not all(layer.strip().isdigit() and int(layer) in there for layer in wanted):
         raise ConfigError(f"--layers {text}: the source has {', '.join(map(str, there))}")
     return sorted({int(layer) for layer in wanted})
-
-
-def _bar() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

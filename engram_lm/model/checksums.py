@@ -13,19 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from engram_lm.errors import DataError
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.model.config import REMOTE_CODE
+from engram_lm.store.byte_bar import byte_bar
 
 FILE_NAME = "checksums.json"
 SPECIFICATION = "specification.json"
@@ -152,13 +143,6 @@ def _files(directory: Path) -> list[Path]:
 def _bar(what: str, paths: list[Path]) -> Iterator[Callable[[int], None]]:
     """A progress bar over the bytes of some files, with rate; none if they are few."""
     total = sum(path.stat().st_size for path in paths)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=total < _LARGE) as progress:
+    with byte_bar(shown=total >= _LARGE) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)

@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from engram_lm.errors import DataError
@@ -121,12 +120,7 @@ class Aside:
     def __enter__(self) -> "Aside":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         os.close(self._file)
 
 

@@ -1,4 +1,4 @@
-"""The rows of a slower store that were asked for last, kept in memory.
+"""The rows of a slower store that were asked for last or again, kept in memory.
 
 Shapes: M rows asked for, K distinct rows among them that are missing, S sets, W ways, R bytes
 per row.
@@ -17,8 +17,14 @@ from engram_lm.memory.table import Merged
 from engram_lm.store.door import Door
 
 WAYS = 16
-"""Places in a set. A row may only stand in its own set, and takes the place used longest ago: what
-LRU keeps but for crowded sets, found without an index over all rows."""
+"""Places in a set. A row may only stand in its own set, so it is found without an index over all
+rows; that costs hardly any hits."""
+PROBATION = 4
+"""Ways from which a new row takes the place used longest ago. The others belong to rows that were
+found here since they came, the last of them: most 4-grams of a text are asked for once, and would
+push out what is asked for again (segmented LRU; docs/serving.md has the hit ratios)."""
+AGAIN = 2**62
+"""Added to the number of the request that used a row last, once it was found here."""
 NOBODY = -1
 BLOCK = 2048
 """Rows looked up together: their sets' tags stay in the processor's cache."""
@@ -59,7 +65,7 @@ class Cache(RowStore):
             with self._lock:
                 place_M, hit_M = self._find(rows_M.numpy())
                 self._requests += 1
-                self._used_SW.reshape(-1)[place_M[hit_M]] = self._requests
+                self._used_SW.reshape(-1)[place_M[hit_M]] = AGAIN + self._requests
                 self.asked += len(rows_M)
                 self.hits += int(np.count_nonzero(hit_M))
                 bytes_MR = self._bytes.index_select(0, torch.from_numpy(place_M))
@@ -104,7 +110,7 @@ class Cache(RowStore):
         return place_M, self._tags_SW.reshape(-1).take(place_M) == rows_M
 
     def _take_in(self, rows_K: NDArray[np.int64], bytes_KR: Tensor) -> None:
-        """Puts distinct rows in the places of their sets' oldest; a set takes W and no more."""
+        """Puts distinct rows in places of their sets; a set takes W and no more."""
         _, hit_K = self._find(rows_K)  # another thread may have brought some
         set_K = rows_K % self.sets
         order_K = np.argsort(set_K, kind="stable")
@@ -112,10 +118,18 @@ class Cache(RowStore):
         set_K = set_K[order_K]
         starts_K = np.searchsorted(set_K, set_K)
         rank_K = np.arange(len(set_K)) - starts_K
-        oldest_KW = np.argsort(self._used_SW[set_K], axis=1, kind="stable")
         fits_K = rank_K < WAYS
         order_K, set_K, rank_K = order_K[fits_K], set_K[fits_K], rank_K[fits_K]
-        place_K = set_K * WAYS + oldest_KW[fits_K, rank_K]
+        place_K = set_K * WAYS + self._leaving(set_K)[np.arange(len(set_K)), rank_K]
         self._tags_SW.reshape(-1)[place_K] = rows_K[order_K]
         self._used_SW.reshape(-1)[place_K] = self._requests
         self._bytes[torch.from_numpy(place_K)] = bytes_KR[torch.from_numpy(order_K)]
+
+    def _leaving(self, set_K: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(K, W) ways of sets, in the order in which they are given to new rows."""
+        used_KW = self._used_SW[set_K]
+        way_KW = np.argsort(used_KW, axis=1, kind="stable")
+        last_KP = np.take_along_axis(used_KW, way_KW[:, :PROBATION], axis=1) % AGAIN
+        order_KP = np.argsort(last_KP, axis=1, kind="stable")
+        way_KW[:, :PROBATION] = np.take_along_axis(way_KW, order_KP, axis=1)
+        return way_KW
