@@ -21,7 +21,7 @@ from engram_lm.model.presets import engram_27b
 from engram_lm.model.recent import Recent
 from engram_lm.model.row_profile import ZipfProfile, zipf_distinct
 from engram_lm.model.row_trace import Lengths, RowTrace, requests_of, zipf_ranks
-from engram_lm.model.serving import Serving, Simulation, Tiers
+from engram_lm.model.serving import Serving, Simulation
 from engram_lm.model.step_time import step_times
 from engram_lm.model.tier_stack import Tiers
 from engram_lm.model.tiers import Queue, Tier
@@ -186,6 +186,9 @@ def test_gathering_on_the_same_cores_takes_from_compute_what_it_is_told_to():
     # A second of compute takes two, then layer 1 waits until six; nobody gathers after that.
     assert waiting.waits == (4.0,) and waiting.slowed == 1.0 and waiting.end == 10.0
     assert step_times(0.0, [4.0, 4.0], [[4]], [Queue(ram[0].tier, ROW)]).end == 8.0
+    each = [Queue(replace(ram[0].tier, cpu=0.0, request_cpu=2.0), ROW)]
+    assert step_times(0.0, [4.0, 4.0], [[4]], each, taken=0.5) == times
+    assert step_times(0.0, [4.0, 4.0], [[0]], each, taken=0.5).end == 8.0
 
 
 def test_two_requests_share_steps_as_worked_out_by_hand():

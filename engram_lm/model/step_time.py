@@ -70,7 +70,8 @@ def _read(asked: float, rows_K: Sequence[int], queues: Sequence[Queue]) -> float
 
 
 def _cpu(rows_K: Sequence[int], queues: Sequence[Queue]) -> float:
-    return sum(queue.tier.cpu * rows for queue, rows in zip(queues, rows_K, strict=True))
+    tiers = [(queue.tier, rows) for queue, rows in zip(queues, rows_K, strict=True) if rows]
+    return sum(tier.request_cpu + tier.cpu * rows for tier, rows in tiers)
 
 
 def _advance(now: float, work: float, busy: Sequence[Busy]) -> float:

@@ -29,11 +29,13 @@ class Tier:
     """Bytes that it reads in whole multiples of: 4096 of a disk, 1 where a row moves alone."""
     cpu: float = 0.0
     """CPU seconds that reading a row takes, decoding it among them."""
+    request_cpu: float = 0.0
+    """CPU seconds of a layer's request, however few its rows."""
     dollars: float = 0.0
     """A GB."""
 
     def __post_init__(self) -> None:
-        for name in ("latency", "cpu", "dollars"):
+        for name in ("latency", "cpu", "request_cpu", "dollars"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{self.name}.{name}={getattr(self, name)}: 0 or more")
         for name in ("bandwidth", "iops"):
