@@ -30,11 +30,12 @@ from torch import Tensor
 from engram_lm.config import FusionConfig, MemoryConfig
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.lookup import Memory, Pending
-from engram_lm.memory.rows import RowStore
+from engram_lm.memory.rows import Request, RowStore
 from engram_lm.memory.served import Served
 from engram_lm.memory.specification import Specification
 from engram_lm.memory.window import Window
 from engram_lm.model import EngramLMConfig, EngramLMForCausalLM
+from engram_lm.store.cache import Cache
 from engram_lm.studies.record import Record
 from engram_lm.train import corpus
 
@@ -50,10 +51,7 @@ WARM = 2
 class Late(Served):
     """A layer's rows, read when they are waited for and not before."""
 
-    def __init__(self, served: Served) -> None:
-        self.store = served.store
-
-    def start(self, rows_M: Tensor) -> Any:
+    def start(self, rows_M: Tensor) -> Request:
         return _Reading(self.store, rows_M)
 
 
@@ -72,12 +70,14 @@ class Watch:
     def __init__(self, model: Any) -> None:
         self.begun, self.asked = 0.0, 0.0
         self.reached: dict[int, float] = {}
-        self.missed = dict.fromkeys(model.model.served, 0)
-        for layer, served in model.model.served.items():
+        self.missed = dict[int, int]()
+        for layer, served in _layers(model).items():
+            assert isinstance(served.store, Cache)
             self._count(layer, served.store.slower)
 
     def _count(self, layer: int, disk: Any) -> None:
         gather = disk.gather
+        self.missed[layer] = 0
 
         def counted(rows_M: Tensor) -> Tensor:
             self.missed[layer] += len(rows_M)
@@ -137,8 +137,8 @@ def measure() -> dict[str, Any]:
             cells |= _phase(models, watches, Path(name), phase, texts, sequences, tokens, steps)
         machine = _machine(models["disk"], Path(name))
         for model in models.values():
-            for served in model.model.served.values():
-                served.store.close()
+            if model.model.served is not None:
+                model.model.served.close()
         return {"cells": cells, "machine": machine}
 
 
@@ -172,8 +172,8 @@ def _models(directory: Path) -> dict[str, Any]:
         models[arm] = EngramLMForCausalLM.from_pretrained(
             directory, memory="disk", memory_budget=budget
         )
-    sync = models["sync"].model
-    sync.served = {layer: Late(served) for layer, served in sync.served.items()}
+    sync = models["sync"].model.served
+    sync.layers = {layer: Late(served.store, sync._thread) for layer, served in sync.layers.items()}
     return {arm: model.eval() for arm, model in models.items()}
 
 
@@ -182,6 +182,10 @@ def _texts() -> Iterator[Tensor]:
     ids_T = torch.from_numpy(np.asarray(corpus.tokens("train").ids, dtype=np.int64))
     for first in range(0, len(ids_T) - 512, 512):
         yield ids_T[first : first + 512]
+
+
+def _layers(model: Any) -> dict[int, Served]:
+    return {} if model.model.served is None else model.model.served.layers
 
 
 def _drop(directory: Path) -> None:
@@ -237,7 +241,7 @@ def _phase(
 
 def _machine(model: Any, directory: Path) -> dict[str, float]:
     """What one layer's store does by itself, on rows that nobody has asked for."""
-    served = model.model.served[1]
+    served = _layers(model)[1]
     generator = np.random.default_rng(1)
     rows = iter(torch.from_numpy(generator.permutation(served.store.rows)))
     _drop(directory)
@@ -288,10 +292,10 @@ def _taken(served: Served, requests: list[Tensor]) -> float:
     lost = cpu = 0.0
     for rows_M in requests:
         begun, before = time.perf_counter(), time.process_time()
-        gathering = served.start(rows_M)
+        gathering: Any = served.start(rows_M)
         asked = time.perf_counter() - begun
         done, spent = 0, 0.0
-        while not gathering.values.done():
+        while not gathering.gathering.gathered.done():
             spent += products(20)
             done += 20
         gathering.wait()
