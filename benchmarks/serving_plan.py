@@ -35,12 +35,14 @@ from engram_lm.studies.record import Record
 from engram_lm.train.served_text import served_trace, warm_lengths
 from engram_lm.train.shards import Shards
 
-WARM = 3_000_000
+WARM = 1_000_000
 """Tokens that tiers have been asked for before the load begins."""
-SIZES = (0.25, 1, 4, 16)
+SIZES = (1, 4, 16)
 """GB of DRAM before the disk."""
-IOPS = (5e4, 2e5, 1e6, 2.5e6, 5e6, 1e7, 4e7)
+IOPS = (5e4, 2.5e5, 1e6, 2.5e6, 1e7)
 AHEAD = 512 * 2**20
+SINGLE = ("dram", "nvme", "dram4", "dram16")
+"""Arms that one request at a time is served from."""
 
 
 class Kind(NamedTuple):
@@ -74,6 +76,8 @@ def main() -> None:
         free = plan.run([FREE])
         summary[f"{kind}_free_tokens_per_second"] = free.tokens_per_second
         for name, (tiers, serving) in _arms().items():
+            if kind == "single" and name not in SINGLE:
+                continue
             console.print(f"serving {kind} from {name}")
             found = replace(plan, serving=serving).on(tiers, free)
             raw[f"{kind} {name}"] = found
