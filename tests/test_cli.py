@@ -44,6 +44,7 @@ def test_verbs_have_help_and_at_most_ten_options():
         *("demo", "data", "train", "generate"),
         *("rows", "budget", "size", "info"),
         *("plan", "pack"),
+        "plan serve",
     }
     for name, verb in verbs().items():
         options = [action for action in verb._actions if action.dest != "help"]

@@ -6,8 +6,21 @@ One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside 
 
 import argparse
 import sys
+from typing import Any
 
-from engram_lm.cli import budget, data, demo, generate, info, pack, plan, rows, size, train
+from engram_lm.cli import (
+    budget,
+    data,
+    demo,
+    generate,
+    info,
+    pack,
+    plan,
+    plan_serve,
+    rows,
+    size,
+    train,
+)
 from engram_lm.errors import EngramError
 
 VERBS = {
@@ -19,6 +32,7 @@ VERBS = {
     "budget": budget,
     "size": size,
     "plan": plan,
+    "plan serve": plan_serve,
     "pack": pack,
     "info": info,
 }
@@ -45,12 +59,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes a verb of two words, as `plan serve`, for one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if " ".join(words[:2]) in VERBS:
+            words[:2] = [" ".join(words[:2])]
+        return super().parse_known_args(words, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs; the docs and their tests read it too."""
-    top = argparse.ArgumentParser(
-        prog="engram", description="Conditional memory for language models."
+    top = _Parser(prog="engram", description="Conditional memory for language models.")
+    verbs = top.add_subparsers(
+        dest="verb", required=True, metavar="VERB", parser_class=argparse.ArgumentParser
     )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         added = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
         added.add_argument("--json", action="store_true", help="print JSON and nothing else")
