@@ -58,10 +58,10 @@ BACKBONES = {"0.3B": (1024, 3328, 16), "1.2B": (2048, 5888, 32)}
 LAYERS = 24
 HERE, THERE = ["ram"], ["cached", "disk", "sync"]
 ARMS = ["none", *HERE, *THERE]
-BATCHES = {1: (60, 15), 4: (24, 6), 16: (8, 2)}
-"""Sequences -> steps of decoding and prompts that are measured of each arm."""
-PROMPT, BEFORE = 256, 64
-"""Tokens of a prompt, and those that stand before the first decoded token."""
+BATCHES = {1: (40, 10, 256), 4: (16, 4, 256), 16: (6, 2, 128)}
+"""Sequences -> steps of decoding and prompts that are measured of each arm, tokens of a prompt."""
+BEFORE = 64
+"""Tokens before the first that is decoded."""
 SLACK = 64 * 2**20
 WARM = 200_000
 """Tokens that the cache has seen."""
@@ -219,7 +219,7 @@ def workers(directory: Path, tables: Path, budget: int) -> Iterator[tuple[Any, d
             return pipe.recv()
 
         # What the process takes without rows: its largest prompt, and a few steps.
-        largest = torch.randint(2, 8192, (max(BATCHES), PROMPT))
+        largest = torch.randint(2, 8192, max((batch, each[2]) for batch, each in BATCHES.items()))
         ask("disk", "step", "none", largest, False)
         without = ask("disk", "peak")
         limit = without + budget + SLACK
@@ -241,18 +241,18 @@ def workers(directory: Path, tables: Path, budget: int) -> Iterator[tuple[Any, d
 
 
 def cell(
-    ask: Any, text: Text, phase: str, batch: int, steps: int, title: str
+    ask: Any, text: Text, shape: tuple[int, int], steps: int, title: str
 ) -> dict[str, dict[str, list[Any]]]:
     """What each step took, for every arm, taken in turn; the first of each does not count."""
     measured: dict[str, dict[str, list[Any]]] = {arm: defaultdict(list) for arm in ARMS}
-    keep, tokens = phase == "decode", 1 if phase == "decode" else PROMPT
+    batch, keep = shape[0], shape[1] == 1
     if keep:
         for arm in ARMS:
             ask(arm, "step", arm, text.take(batch, BEFORE), True)
     for step in track(range(steps + 1), f"{title} of {batch}"):
         for turn in range(len(ARMS)):
             arm = ARMS[(step + turn) % len(ARMS)]
-            took = ask(arm, "step", arm, text.take(batch, tokens), keep)
+            took = ask(arm, "step", arm, text.take(*shape), keep)
             if step:
                 for name, value in took.items():
                     measured[arm][name].append(value)
@@ -288,10 +288,11 @@ def main() -> None:
             with workers(directory, tables, budget) as (ask, facts[backbone]):
                 warm_seconds = ask("cached", "warm", text.take(WARM))
                 facts[backbone]["warm_seconds"] = warm_seconds
-                for batch, (steps, prompts) in BATCHES.items():
-                    for phase, count in (("prefill", prompts), ("decode", steps)):
+                for batch, (steps, prompts, prompt) in BATCHES.items():
+                    for tokens, count in ((prompt, prompts), (1, steps)):
                         count = max(2, int(count * arguments.share))
-                        measured = cell(ask, text, phase, batch, count, f"{backbone} {phase}")
+                        phase = "decode" if tokens == 1 else "prefill"
+                        measured = cell(ask, text, (batch, tokens), count, f"{backbone} {phase}")
                         for arm, each in measured.items():
                             cells[f"{backbone}/{phase}/b{batch}/{arm}"] = each
 

@@ -50,10 +50,9 @@ def summarize(cells: Cells, facts: dict[str, Any]) -> dict[str, float]:
     summary = {f"disk_{name}": value for name, value in facts["disk"].items()}
     for key in keys(cells):
         name = key.replace("/", "_").replace(".", "_")
-        batch, tokens = int(key.rpartition("/b")[2]), 256 if "prefill" in key else 1
         for arm in ("none", *ARMS):
             each = cells[f"{key}/{arm}"]
-            speed = batch * tokens / statistics.median(each["seconds"])
+            speed = each["tokens"][0] / statistics.median(each["seconds"])
             summary[f"{name}_{arm}_tokens_per_second"] = speed
         for ratio, value in ratios(cells, key).items():
             summary[f"{name}_{ratio}"] = value

@@ -102,6 +102,7 @@ class Worker:
             self.caches[arm] = out.past_key_values
         after = self._counts(arm)
         return {
+            "tokens": ids_BT.numel(),
             "seconds": seconds,
             "cpu_seconds": _cpu_seconds() - cpu,
             "bytes_read": _bytes_read() - reading,
