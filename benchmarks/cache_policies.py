@@ -283,7 +283,7 @@ def figure(raw: Mapping[str, Mapping[str, float]]) -> Figure:
         ("lru_16_ways", "LRU", VERMILION, "-", "D"),
         ("no_4grams", "LRU without 4-grams", "#8a8a8a", "--", "v"),
     )
-    shown = Figure(figsize=(9, 3.3), layout="constrained")
+    shown = Figure(figsize=(9, 3.6), layout="constrained")
     panels = shown.subplots(1, 4, sharey=True)
     sizes = [100 * share for share in SHARES]
     for axes, what in zip(panels, FIGURES[:4], strict=True):
@@ -300,7 +300,7 @@ def figure(raw: Mapping[str, Mapping[str, float]]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("hit ratio")
     handles, labels = panels[0].get_legend_handles_labels()
-    shown.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
+    shown.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return shown
 
 
