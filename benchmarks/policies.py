@@ -104,12 +104,15 @@ def _in_sets(rows_M, begins_Q, tags_SW, used_SW, probation, door, ghost_G, hit_M
             fresh = 0
             for way in range(ways):
                 fresh += used_SW[index, way] == now
+            oldest = -1
             if probation == ways:  # what follows comes to the same, slower
-                oldest = 0
-                for way in range(1, ways):
-                    if used_SW[index, way] % AGAIN < used_SW[index, oldest] % AGAIN:
+                for way in range(ways):
+                    used = used_SW[index, way]
+                    if used < PINNED and (
+                        oldest < 0 or used % AGAIN < used_SW[index, oldest] % AGAIN
+                    ):
                         oldest = way
-                if used_SW[index, oldest] % AGAIN < now and used_SW[index, oldest] < PINNED:
+                if oldest >= 0 and used_SW[index, oldest] % AGAIN < now:
                     tags_SW[index, oldest] = row
                     used_SW[index, oldest] = now
                 continue
@@ -117,7 +120,9 @@ def _in_sets(rows_M, begins_Q, tags_SW, used_SW, probation, door, ghost_G, hit_M
             most, found = max(probation - fresh, 1), 0
             for way in range(ways):
                 used = used_SW[index, way]
-                if used == now or (found == most and used >= used_SW[index, low_W[found - 1]]):
+                if used == now or used >= PINNED:
+                    continue
+                if found == most and used >= used_SW[index, low_W[found - 1]]:
                     continue
                 if found < most:
                     found += 1
@@ -126,11 +131,10 @@ def _in_sets(rows_M, begins_Q, tags_SW, used_SW, probation, door, ghost_G, hit_M
                     low_W[place] = low_W[place - 1]
                     place -= 1
                 low_W[place] = way
-            oldest = -1
             for way in low_W[:found]:
                 if oldest < 0 or used_SW[index, way] % AGAIN < used_SW[index, oldest] % AGAIN:
                     oldest = way
-            if oldest >= 0 and used_SW[index, oldest] < PINNED:
+            if oldest >= 0:
                 tags_SW[index, oldest] = row
                 used_SW[index, oldest] = now
 

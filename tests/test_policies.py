@@ -127,6 +127,13 @@ def test_pinned_rows_stay_and_rows_behind_the_door_wait(policies):
     seeds = np.arange(64, dtype=np.int32)
     hit_M = policies.in_sets(trace, 160, seeds=seeds, pinned=True)
     assert hit_M[trace.rows_M < 64].all()
+    # Eight ways of the one set are pinned, the others go round among all other rows.
+    single = policies.Trace(trace.rows_M, np.arange(len(trace.rows_M)))
+    pinned_M = policies.in_sets(single, 16, seeds=seeds[:8], pinned=True)
+    rest_M = trace.rows_M >= 8
+    rest = policies.Trace(trace.rows_M[rest_M], single.begins_Q)
+    assert pinned_M[~rest_M].all()
+    assert (pinned_M[rest_M] == policies.slru(rest, 8, ROWS)).all()
     never_M = policies.in_sets(trace, 160, door=1000)
     assert not never_M[trace.rows_M >= 1000].any() and never_M.any()
     second_M = policies.in_sets(trace, 3200, door=0, ghost=2 * ROWS)

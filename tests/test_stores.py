@@ -20,7 +20,7 @@ from stores import (
 from engram_lm.errors import AddressError, ConfigError, DataError
 from engram_lm.memory.rows import RowFormat
 from engram_lm.memory.table import Table
-from engram_lm.store.cache import WAYS, Cache
+from engram_lm.store.cache import PROBATION, WAYS, Cache
 from engram_lm.store.overlay import Overlay
 from engram_lm.store.resident import Resident
 
@@ -204,6 +204,35 @@ def test_a_cache_keeps_to_its_budget_and_drops_what_was_used_longest_ago(budget)
         cache.gather(torch.tensor([0, row]))  # row 0 is used all the time
     _, hit = cache._find(same_set.numpy())
     assert hit.tolist() == [True] + [False] * 4 + [True] * (WAYS - 1)
+
+
+def test_rows_found_again_outlive_a_flood_of_new_ones_but_not_others_found_again():
+    slower = Watched(content(SMALL, 5000), SMALL)
+    cache = Cache(slower, 32 * WAYS)
+    assert cache.sets == 1
+    first, second, new = torch.arange(0, 12), torch.arange(100, 112), torch.arange(200, 400)
+    assert len(first) == WAYS - PROBATION
+
+    def missed(rows_M: torch.Tensor) -> int:
+        before = cache.hits
+        cache.gather(rows_M)
+        return len(rows_M) - (cache.hits - before)
+
+    def brought(rows_M: torch.Tensor) -> None:
+        for _ in range(2):
+            for part in rows_M.split(PROBATION):
+                cache.gather(part)
+                cache.gather(part)
+
+    brought(first)
+    for row in new.split(1):
+        cache.gather(row)
+    assert missed(first) == 0
+    brought(second)
+    for row in new.split(1):
+        cache.gather(row)
+    assert missed(second) == 0
+    assert missed(first) == 12
 
 
 def test_more_new_rows_than_a_set_holds_are_answered_and_partly_kept():
