@@ -266,6 +266,21 @@ def test_a_comparison_agrees_with_its_parts(results, canonical, tokenizer):
     assert results.gates[2].counts[0][place] > 100  # " is a" stands in many a definition
 
 
+def test_a_model_from_disk_gives_the_same_logits_and_says_what_it_took(results):
+    disk = results.disk
+    assert disk.equal_logits and disk.tokens == 3 * 8 * 64
+    # 2 layers of 2 x 2 heads over 50 rows or some more, 8 float32 values each.
+    assert disk.table_bytes > 2 * 4 * 50 * 8 * 4 and disk.budget_bytes == disk.table_bytes // 4
+    assert disk.rows_asked == disk.tokens * 2 * 4
+    assert 0 < disk.hits < disk.rows_asked
+    assert disk.bytes_read >= 4096 and disk.wait_ms > 0
+
+
+def test_logits_that_differ_are_told(results, tmp_path):
+    bad = replace(results, disk=replace(results.disk, equal_logits=False))
+    assert "the logits were NOT the same" in write_report(tmp_path, bad).read_text("utf-8")
+
+
 class Balance(HTMLParser):
     """Fails on a tag that is not closed in order, on an id used twice, and on anything loaded."""
 
@@ -321,6 +336,8 @@ def test_the_report_shows_every_arm_sentence_number_and_figure(page, results):
         assert f'<td class="n">{evaluation.bpb:.4f}' in html
     for text in ("Engram, memory off", "1,310,720", "two &lt;cores&gt;", "embedding &lt;b&gt;"):
         assert text in html
+    assert "the logits were the same, bit for bit" in html
+    assert f"{results.disk.rows_asked:,}</td>" in html
     assert html.count('class="tokens"') == len(SENTENCES)
     assert html.count('type="radio"') == 2 + 2 * 4
     drawn = sorted(path.name for path in (page.parent / "figures").iterdir())

@@ -67,6 +67,8 @@ def write_report(out: Path, results: DemoResults) -> Path:
             "Training tokens per second: "
             + ", ".join(f"{arm.name} {arm.log.tokens_per_second:,.0f}" for arm in results.arms),
         ),
+        disk=escape(_from_disk(results)),
+        disk_table=_disk_table(results),
         seed=str(results.seed),
         context=str(results.context),
         analysis=f"Losses, bands, samples and gates took {results.analysis_seconds:.0f} s.",
@@ -149,6 +151,31 @@ def _validation_table(results: DemoResults) -> str:
         '<th class="n" scope="col">bits per byte</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
         f'<p class="note">Second lines: against {escape(results.moe.name)}.</p>'
+    )
+
+
+def _from_disk(results: DemoResults) -> str:
+    disk = results.disk
+    equal = "the same, bit for bit" if disk.equal_logits else "NOT the same"
+    speed = disk.disk_tokens_per_second / disk.memory_tokens_per_second
+    return (
+        f"{results.engram.name}'s tables take {disk.table_bytes / 1e6:.1f} MB. Here they stay in "
+        f'the model\'s file, with {disk.budget_bytes / 1e6:.1f} MB for rows (memory="disk"). Over '
+        f"{disk.tokens:,} tokens the logits were {equal}, at {speed:.2f}x the speed."
+    )
+
+
+def _disk_table(results: DemoResults) -> str:
+    disk = results.disk
+    return _facts(
+        {
+            "tokens per second, tables in memory": f"{disk.memory_tokens_per_second:,.0f}",
+            "tokens per second, rows on disk": f"{disk.disk_tokens_per_second:,.0f}",
+            "rows asked for": disk.rows_asked,
+            "found within the budget": f"{disk.hits / disk.rows_asked:.1%}",
+            "read from the file": f"{disk.bytes_read / 1e6:,.1f} MB",
+            "wait of a layer for its rows": f"{disk.wait_ms:.2f} ms",
+        }
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from engram_lm.analysis.bands import BandLoss
+from engram_lm.analysis.from_disk import FromDisk
 from engram_lm.analysis.gates import GateTrace
 from engram_lm.analysis.samples import Sample
 from engram_lm.errors import DataError
@@ -107,6 +108,8 @@ class DemoResults:
     difference_error: float
     """Standard error of `difference` over validation windows; the seed's share is not in it."""
     gates: list[GateTrace]
+    disk: FromDisk
+    """The Engram arm with its rows on disk."""
     context: int
     validation_tokens: int
     validation_bytes: int
@@ -145,6 +148,7 @@ class DemoResults:
             record = json.loads(path.read_text(encoding="utf-8"))
             record |= {arm: _arm(record[arm]) for arm in ("moe", "engram")}
             record["memory_off"] = Evaluation(**record["memory_off"])
+            record["disk"] = FromDisk(**record["disk"])
             record["gates"] = [GateTrace(**trace) for trace in record["gates"]]
             return cls(**record)
         except (OSError, ValueError, KeyError, TypeError) as error:

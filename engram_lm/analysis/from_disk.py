@@ -1,0 +1,108 @@
+"""One model twice: tables in memory, and rows on disk within a budget. What that costs.
+
+Shapes: T token ids, B windows, C positions in a window.
+"""
+
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engram_lm.evaluate.inference import inference
+from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.store.cache import Cache
+from engram_lm.store.disk import Disk
+
+SHARE = 4
+"""The budget is one part in so many of the tables."""
+PASSES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromDisk:
+    """Forward passes over the same tokens, in turn; speeds and the wait are those of the median."""
+
+    equal_logits: bool
+    """Every one of them, bit for bit."""
+    tokens: int
+    table_bytes: int
+    budget_bytes: int
+    memory_tokens_per_second: float
+    disk_tokens_per_second: float
+    rows_asked: int
+    hits: int
+    """Of these: found within the budget."""
+    bytes_read: int
+    """From the file, page by page."""
+    wait_ms: float
+    """Of one layer in one pass."""
+
+
+def from_disk(
+    model: EngramLMForCausalLM,
+    ids_T: npt.NDArray[np.integer],
+    *,
+    context: int,
+    batch: int,
+    autocast: torch.dtype | None = None,
+) -> FromDisk:
+    """Saves the model, opens it with its rows on disk, and has both read the same windows.
+
+    At most PASSES batches of them, and one before that is not counted.
+    """
+    tables = model.model.tables.values()
+    table_bytes = sum(table.weight.numel() * table.weight.itemsize for table in tables)
+    budget = table_bytes // SHARE
+    step = min(batch, len(ids_T) // context) * context
+    passes = min(PASSES, len(ids_T) // step)
+    seconds: dict[str, list[float]] = {"memory": [], "disk": []}
+    equal = True
+    with tempfile.TemporaryDirectory() as directory, inference(model):
+        model.save_pretrained(directory)
+        served = EngramLMForCausalLM.from_pretrained(
+            directory, dtype=model.dtype, memory="disk", memory_budget=budget
+        ).to(model.device)
+        layers = list(served.model.served.values())
+        caches = [cast(Cache, layer.store) for layer in layers]
+        before = _counts(caches)
+        for number in [0, *range(passes)]:
+            window = torch.from_numpy(ids_T[number * step : (number + 1) * step].astype(np.int64))
+            ids_BC = window.view(-1, context).to(model.device)
+            logits = {}
+            for name, each in (("memory", model), ("disk", served)):
+                begun = time.perf_counter()
+                with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
+                    logits[name] = each(input_ids=ids_BC, use_cache=False).logits
+                seconds[name].append(time.perf_counter() - begun)
+            if len(seconds["disk"]) == 1:
+                before = _counts(caches)
+            equal &= torch.equal(logits["memory"], logits["disk"])
+        asked, hits, bytes_read = _counts(caches) - before
+        waits = [wait for layer in layers for wait in list(layer.waits)[1:]]
+        found = FromDisk(
+            equal_logits=equal,
+            tokens=passes * step,
+            table_bytes=table_bytes,
+            budget_bytes=budget,
+            memory_tokens_per_second=step / statistics.median(seconds["memory"][1:]),
+            disk_tokens_per_second=step / statistics.median(seconds["disk"][1:]),
+            rows_asked=int(asked),
+            hits=int(hits),
+            bytes_read=int(bytes_read),
+            wait_ms=1e3 * statistics.median(waits),
+        )
+        for cache in caches:
+            cache.close()
+    return found
+
+
+def _counts(caches: list[Cache]) -> npt.NDArray[np.int64]:
+    """Rows asked for, rows found, bytes read."""
+    each = [(c.asked, c.hits, cast(Disk, c.slower).bytes_read) for c in caches]
+    return np.sum(each, axis=0, dtype=np.int64)
