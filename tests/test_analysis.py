@@ -271,8 +271,7 @@ def test_a_model_from_disk_gives_the_same_logits_and_says_what_it_took(results):
     assert disk.equal_logits and disk.tokens == 3 * 8 * 64
     # 2 layers of 2 x 2 heads over 50 rows or some more, 8 float32 values each.
     assert disk.table_bytes > 2 * 4 * 50 * 8 * 4 and disk.budget_bytes == disk.table_bytes // 4
-    assert disk.rows_asked == disk.tokens * 2 * 4
-    assert 0 < disk.hits < disk.rows_asked
+    assert 0 < disk.hits < disk.rows_asked < disk.tokens * 2 * 4
     assert disk.bytes_read >= 4096 and disk.wait_ms > 0
 
 

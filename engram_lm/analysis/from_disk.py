@@ -8,16 +8,14 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from engram_lm.evaluate.inference import inference
+from engram_lm.memory.served import ServedTables
 from engram_lm.model.modeling import EngramLMForCausalLM
-from engram_lm.store.cache import Cache
-from engram_lm.store.disk import Disk
 
 SHARE = 4
 """The budget is one part in so many of the tables."""
@@ -36,6 +34,7 @@ class FromDisk:
     memory_tokens_per_second: float
     disk_tokens_per_second: float
     rows_asked: int
+    """Distinct ones of each pass."""
     hits: int
     """Of these: found within the budget."""
     bytes_read: int
@@ -68,9 +67,8 @@ def from_disk(
         served = EngramLMForCausalLM.from_pretrained(
             directory, dtype=model.dtype, memory="disk", memory_budget=budget
         ).to(model.device)
-        layers = list(served.model.served.values())
-        caches = [cast(Cache, layer.store) for layer in layers]
-        before = _counts(caches)
+        tables_on_disk = served.model.served
+        before = _counts(tables_on_disk)
         for number in [0, *range(passes)]:
             window = torch.from_numpy(ids_T[number * step : (number + 1) * step].astype(np.int64))
             ids_BC = window.view(-1, context).to(model.device)
@@ -81,10 +79,10 @@ def from_disk(
                     logits[name] = each(input_ids=ids_BC, use_cache=False).logits
                 seconds[name].append(time.perf_counter() - begun)
             if len(seconds["disk"]) == 1:
-                before = _counts(caches)
+                before = _counts(tables_on_disk)
             equal &= torch.equal(logits["memory"], logits["disk"])
-        asked, hits, bytes_read = _counts(caches) - before
-        waits = [wait for layer in layers for wait in list(layer.waits)[1:]]
+        asked, hits, bytes_read = _counts(tables_on_disk) - before
+        waits = [wait for each in tables_on_disk.layers.values() for wait in list(each.waits)[1:]]
         found = FromDisk(
             equal_logits=equal,
             tokens=passes * step,
@@ -97,12 +95,14 @@ def from_disk(
             bytes_read=int(bytes_read),
             wait_ms=1e3 * statistics.median(waits),
         )
-        for cache in caches:
-            cache.close()
+        tables_on_disk.close()
     return found
 
 
-def _counts(caches: list[Cache]) -> npt.NDArray[np.int64]:
-    """Rows asked for, rows found, bytes read."""
-    each = [(c.asked, c.hits, cast(Disk, c.slower).bytes_read) for c in caches]
-    return np.sum(each, axis=0, dtype=np.int64)
+def _counts(served: ServedTables) -> npt.NDArray[np.int64]:
+    """Distinct rows asked for, rows found within the budget, bytes read."""
+    counts = [
+        (each.unique, each.tiers[0].hits, sum(tier.bytes_read for tier in each.tiers))
+        for each in served.metrics().values()
+    ]
+    return np.sum(counts, axis=0, dtype=np.int64)

@@ -171,7 +171,7 @@ def _disk_table(results: DemoResults) -> str:
         {
             "tokens per second, tables in memory": f"{disk.memory_tokens_per_second:,.0f}",
             "tokens per second, rows on disk": f"{disk.disk_tokens_per_second:,.0f}",
-            "rows asked for": disk.rows_asked,
+            "distinct rows asked for": disk.rows_asked,
             "found within the budget": f"{disk.hits / disk.rows_asked:.1%}",
             "read from the file": f"{disk.bytes_read / 1e6:,.1f} MB",
             "wait of a layer for its rows": f"{disk.wait_ms:.2f} ms",

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engram_lm.memory.rows import Tier
+from engram_lm.memory.rows import TierCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class LayerMetrics:
     """Rows, repeats included."""
     unique: int
     """Of these: asked of the stores, each once in a request."""
-    tiers: tuple[Tier, ...]
+    tiers: tuple[TierCounts, ...]
     """The stores that count, the fastest first."""
     requests: int
     """One for each forward pass."""

@@ -205,7 +205,7 @@ class Request(Protocol):
         ...
 
 
-class Tier(NamedTuple):
+class TierCounts(NamedTuple):
     """What one place has answered since it was opened."""
 
     name: str
@@ -247,7 +247,7 @@ class RowStore(Protocol):
         self.prefetch(rows_M)
         return _Read(self, rows_M)
 
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> list[TierCounts]:
         """The fastest first; of stores that keep no counts none."""
         return []
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engram_lm.errors import DataError
 from engram_lm.memory.metrics import LayerMetrics
-from engram_lm.memory.rows import Request, RowStore, Tier
+from engram_lm.memory.rows import Request, RowStore, TierCounts
 from engram_lm.memory.table import Merged
 
 WAITS_KEPT = 4096
@@ -64,7 +64,7 @@ class Served(RowStore):
         """Closes the store; rows that the thread is gathering come first."""
         self.store.close()
 
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> list[TierCounts]:
         """Of the store."""
         return self.store.tiers()
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram_lm.errors import ConfigError
-from engram_lm.memory.rows import RowStore, Tier, check_rows
+from engram_lm.memory.rows import RowStore, TierCounts, check_rows
 from engram_lm.memory.table import Merged
 from engram_lm.store.door import Door
 
@@ -96,9 +96,9 @@ class Cache(RowStore):
             self._tags_SW, self._used_SW = self._tags_SW[:0].copy(), self._used_SW[:0].copy()
             self.slower.close()
 
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> list[TierCounts]:
         """This one, and those of the slower store."""
-        return [Tier("cache", self.asked, self.hits, 0), *self.slower.tiers()]
+        return [TierCounts("cache", self.asked, self.hits, 0), *self.slower.tiers()]
 
     def _find(self, rows_M: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Where each row is, and whether it is there at all (if not: some place of its set)."""

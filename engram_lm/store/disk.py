@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
-from engram_lm.memory.rows import RowFormat, RowStore, Tier, check_rows
+from engram_lm.memory.rows import RowFormat, RowStore, TierCounts, check_rows
 from engram_lm.memory.table import Merged
 from engram_lm.store.ahead import Ahead
 from engram_lm.store.door import Door
@@ -101,9 +101,9 @@ class Disk(RowStore):
             for file in self._files.values():
                 file.close()
 
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> list[TierCounts]:
         """This one, which has all rows."""
-        return [Tier("disk", self.rows_read, self.rows_read, self.bytes_read)]
+        return [TierCounts("disk", self.rows_read, self.rows_read, self.bytes_read)]
 
     def _read(self, rows_U: Tensor) -> Tensor:
         self._ahead.gathered(rows_U.numpy())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import DataError
-from engram_lm.memory.rows import RowStore, Tier, check_rows
+from engram_lm.memory.rows import RowStore, TierCounts, check_rows
 from engram_lm.store.door import Door
 
 
@@ -58,7 +58,7 @@ class Overlay(RowStore):
         if self._door.shut():
             self.base.close()
 
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> list[TierCounts]:
         """Those of the base."""
         return self.base.tiers()
 
