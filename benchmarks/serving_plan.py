@@ -35,7 +35,7 @@ from engram_lm.studies.record import Record
 from engram_lm.train.served_text import served_trace, warm_lengths
 from engram_lm.train.shards import Shards
 
-WARM = 1_000_000
+WARM = 500_000
 """Tokens that tiers have been asked for before the load begins."""
 SIZES = (1, 4, 16)
 """GB of DRAM before the disk."""
@@ -54,9 +54,9 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "prefill": Kind(Lengths(prompt=8192, output=64), 48, 16),
-    "decode": Kind(Lengths(prompt=256, output=1024), 160, 64),
-    "single": Kind(Lengths(prompt=256, output=1024), 4, 1),
+    "prefill": Kind(Lengths(prompt=8192, output=64), 32, 16),
+    "decode": Kind(Lengths(prompt=256, output=1024), 96, 64),
+    "single": Kind(Lengths(prompt=256, output=1024), 2, 1),
 }
 COLOURS = {"prefill": BLUE, "decode": VERMILION}
 MARKERS = {"prefill": "o", "decode": "s"}

@@ -369,6 +369,9 @@ def test_plan_serve_says_what_tiers_come_to(capsys):
     assert run(capsys, *SMALL, "--tiers=dram:100kB,nvme", "--loop=3") == found
     slow = run(capsys, *SMALL, "--tiers=dram:100kB,nvme", "--loop=3", "--set=nvme.iops=1e4")
     assert slow["ratio"] < found["ratio"] and slow["rows_asked"] == found["rows_asked"]
+    assert "busiest is nvme" in slow["verdict"]
+    gathered = run(capsys, *SMALL, "--tiers=dram", "--set=dram.cpu=1e-5", "--set=node.taken=0.5")
+    assert "busiest is the CPU that gathers rows" in gathered["verdict"]
 
 
 def test_plan_serve_serves_real_text_for_people_too(capsys, prepared):

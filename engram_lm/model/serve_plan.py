@@ -70,7 +70,9 @@ class ServePlan:
         memory = self.dollars(tiers)
         hour = self.node.dollars_hour + memory / HOURS
         ratio = free.seconds / found.seconds
-        name, busy = max(found.busy.items(), key=lambda item: item[1])
+        cpu = sum(tier.cpu * found.reads[tier.name] for tier in tiers) / found.seconds
+        busy = {**found.busy, "the CPU that gathers rows": cpu}
+        busiest = max(busy, key=lambda name: busy[name])
         layer = max(found.waits, key=lambda layer: sum(found.waits[layer]))
         waited = found.waited / found.seconds
         where = f", most of it before layer {layer}" if waited else ""
@@ -81,7 +83,7 @@ class ServePlan:
             "dollars_per_million": hour / 3600 / found.tokens_per_second * 1e6,
             "verdict": (
                 f"{ratio:.1%} of the speed with rows that cost no time; {waited:.1%} of the time "
-                f"waits for rows{where}; the busiest tier is {name}, {busy:.0%} of the time."
+                f"waits for rows{where}; busiest is {busiest}, {busy[busiest]:.0%} of it."
             ),
         }
 
