@@ -275,6 +275,12 @@ def select(values_VX: Tensor, rows_M: Tensor) -> Tensor:
         raise
 
 
+def ascending(rows_M: Tensor) -> bool:
+    """Whether each is above the one before: nothing to sort or merge. On a CPU."""
+    rows = rows_M.numpy()
+    return bool((rows[1:] > rows[:-1]).all())
+
+
 def check_rows(rows_M: Tensor, rows: int) -> None:
     """AddressError where a number is outside 0..rows-1: the first such and its place."""
     if not len(rows_M):

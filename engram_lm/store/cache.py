@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram_lm.errors import ConfigError
-from engram_lm.memory.rows import RowStore, TierCounts, check_rows
+from engram_lm.memory.rows import RowStore, TierCounts, ascending, check_rows
 from engram_lm.memory.table import Merged
 from engram_lm.store.door import Door
 
@@ -69,14 +69,21 @@ class Cache(RowStore):
                 self.asked += len(rows_M)
                 self.hits += int(np.count_nonzero(hit_M))
                 bytes_MR = self._bytes.index_select(0, torch.from_numpy(place_M))
+                request = self._requests
             if hit_M.all():
                 return bytes_MR
-            missed = torch.from_numpy(np.flatnonzero(~hit_M))
-            merged = Merged.of(rows_M[missed])
-            bytes_KR = self.slower.gather(merged.rows_U).cpu()
-            bytes_MR.index_copy_(0, missed, bytes_KR.index_select(0, merged.position_M))
+            missed = np.flatnonzero(~hit_M)
+            rows_K = rows_M[torch.from_numpy(missed)]
+            merged = None if ascending(rows_K) else Merged.of(rows_K)
+            if merged is not None:
+                rows_K = merged.rows_U
+            bytes_KR = self.slower.gather(rows_K).cpu().numpy()
+            # numpy, which unlike torch takes no threads from the model to write a few rows.
+            bytes_MR.numpy()[missed] = (
+                bytes_KR if merged is None else bytes_KR[merged.position_M.numpy()]
+            )
             with self._lock:
-                self._take_in(merged.rows_U.numpy(), bytes_KR)
+                self._take_in(rows_K.numpy(), bytes_KR, alone=request == self._requests)
             return bytes_MR
 
     def prefetch(self, rows_M: Tensor) -> None:
@@ -109,12 +116,15 @@ class Cache(RowStore):
             place_M[block] += (tags_BW == rows_M[block, None]).argmax(axis=1)
         return place_M, self._tags_SW.reshape(-1).take(place_M) == rows_M
 
-    def _take_in(self, rows_K: NDArray[np.int64], bytes_KR: Tensor) -> None:
-        """Puts distinct rows in places of their sets; a set takes W and no more."""
-        _, hit_K = self._find(rows_K)  # another thread may have brought some
+    def _take_in(
+        self, rows_K: NDArray[np.int64], bytes_KR: NDArray[np.uint8], *, alone: bool
+    ) -> None:
+        """Puts distinct rows in places of their sets; a set takes W and no more. alone: nobody else
+        can have brought some of them since they were missing."""
         set_K = rows_K % self.sets
         order_K = np.argsort(set_K, kind="stable")
-        order_K = order_K[~hit_K[order_K]]
+        if not alone:
+            order_K = order_K[~self._find(rows_K)[1][order_K]]
         set_K = set_K[order_K]
         starts_K = np.searchsorted(set_K, set_K)
         rank_K = np.arange(len(set_K)) - starts_K
@@ -123,7 +133,7 @@ class Cache(RowStore):
         place_K = set_K * WAYS + self._leaving(set_K)[np.arange(len(set_K)), rank_K]
         self._tags_SW.reshape(-1)[place_K] = rows_K[order_K]
         self._used_SW.reshape(-1)[place_K] = self._requests
-        self._bytes[torch.from_numpy(place_K)] = bytes_KR[torch.from_numpy(order_K)]
+        self._bytes.numpy()[place_K] = bytes_KR[order_K]
 
     def _leaving(self, set_K: NDArray[np.int64]) -> NDArray[np.int64]:
         """(K, W) ways of sets, in the order in which they are given to new rows."""

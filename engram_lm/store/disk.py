@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
-from engram_lm.memory.rows import RowFormat, RowStore, TierCounts, check_rows
+from engram_lm.memory.rows import RowFormat, RowStore, TierCounts, ascending, check_rows
 from engram_lm.memory.table import Merged
 from engram_lm.store.ahead import Ahead
 from engram_lm.store.door import Door
@@ -79,7 +79,7 @@ class Disk(RowStore):
         rows_M = rows_M.cpu()
         with self._door.inside():
             check_rows(rows_M, self.rows)
-            if bool((rows_M[1:] > rows_M[:-1]).all()):
+            if ascending(rows_M):
                 return self._read(rows_M)
             merged = Merged.of(rows_M)
             return self._read(merged.rows_U).index_select(0, merged.position_M)
