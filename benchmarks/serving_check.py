@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from engram_lm.model.step_time import step_times
-from engram_lm.model.tiers import PAGE, Queue, Tier
+from engram_lm.simulate.step_time import step_times
+from engram_lm.simulate.tiers import PAGE, Queue, Tier
 from engram_lm.studies.record import Record
 
 LARGE, SMALL = 6144, 24

@@ -25,12 +25,12 @@ from rich.console import Console
 
 from engram_lm.analysis.figures import BLUE, GRID, VERMILION, save
 from engram_lm.memory.ngrams_numba import CompiledAddresses
-from engram_lm.model.compute_time import Node, deepseek_v41
 from engram_lm.model.memory_budget import memory_budget
-from engram_lm.model.row_trace import Lengths
-from engram_lm.model.serve_plan import FREE, Load, ServePlan
-from engram_lm.model.serving import Serving
-from engram_lm.model.tiers import Tier, dram, nvme
+from engram_lm.simulate.compute_time import Node, deepseek_v41
+from engram_lm.simulate.row_trace import Lengths
+from engram_lm.simulate.serve_plan import FREE, Load, ServePlan
+from engram_lm.simulate.serving import Serving
+from engram_lm.simulate.tiers import Tier, dram, nvme
 from engram_lm.studies.record import Record
 from engram_lm.train.served_text import served_trace, warm_lengths
 from engram_lm.train.shards import Shards

@@ -14,17 +14,17 @@ from engram_lm.cli import main
 from engram_lm.config import deepseek_v41 as v41_memory
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.ngrams import Addresses
-from engram_lm.model.batching import Batcher, Request
 from engram_lm.model.blocks import blocks
-from engram_lm.model.compute_time import Backbone, BlockWork, Node, deepseek_v41
 from engram_lm.model.presets import engram_27b
-from engram_lm.model.recent import Recent
 from engram_lm.model.row_profile import ZipfProfile, zipf_distinct
-from engram_lm.model.row_trace import Lengths, RowTrace, requests_of, zipf_ranks
-from engram_lm.model.serving import Serving, Simulation
-from engram_lm.model.step_time import step_times
-from engram_lm.model.tier_stack import Tiers
-from engram_lm.model.tiers import Queue, Tier
+from engram_lm.simulate.batching import Batcher, Request
+from engram_lm.simulate.compute_time import Backbone, BlockWork, Node, deepseek_v41
+from engram_lm.simulate.recent import Recent
+from engram_lm.simulate.row_trace import Lengths, RowTrace, requests_of, zipf_ranks
+from engram_lm.simulate.serving import Serving, Simulation
+from engram_lm.simulate.step_time import step_times
+from engram_lm.simulate.tier_stack import Tiers
+from engram_lm.simulate.tiers import Queue, Tier
 
 SPECIFICATION = tiny_config().memory_config.specification
 LAYERS = SPECIFICATION.layers

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engram_lm.cli import parser
-from engram_lm.model.tiers import TIERS
+from engram_lm.simulate.tiers import TIERS
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "docs" / "serving.md").read_text().split("## How to size tiers\n")[1]

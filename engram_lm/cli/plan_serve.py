@@ -17,10 +17,10 @@ from engram_lm.errors import ConfigError
 
 if TYPE_CHECKING:
     from engram_lm.config import MemoryConfig
-    from engram_lm.model.compute_time import Backbone
-    from engram_lm.model.row_trace import RowTrace
-    from engram_lm.model.serve_plan import ServePlan
-    from engram_lm.model.tiers import Tier
+    from engram_lm.simulate.compute_time import Backbone
+    from engram_lm.simulate.row_trace import RowTrace
+    from engram_lm.simulate.serve_plan import ServePlan
+    from engram_lm.simulate.tiers import Tier
 
 HELP = "Simulate serving with tables in tiers: hits, waits, tokens a second, cost."
 DEEPSEEK = "deepseek-v4.1"
@@ -45,11 +45,11 @@ def options(add: Callable[..., Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from engram_lm.model.compute_time import Node
-    from engram_lm.model.row_trace import Lengths
-    from engram_lm.model.serve_plan import Load, ServePlan, plain
-    from engram_lm.model.serving import Serving
-    from engram_lm.model.tiers import TIERS
+    from engram_lm.simulate.compute_time import Node
+    from engram_lm.simulate.row_trace import Lengths
+    from engram_lm.simulate.serve_plan import Load, ServePlan, plain
+    from engram_lm.simulate.serving import Serving
+    from engram_lm.simulate.tiers import TIERS
 
     changes = settings(arguments.set, ("load", "serving", "node", *TIERS))
     _check(arguments)
@@ -107,8 +107,8 @@ def _check(arguments: argparse.Namespace) -> None:
 def _tiers(text: str, changes: dict[str, Any]) -> list[Tier]:
     from dataclasses import replace
 
-    from engram_lm.model.tiers import TIERS
     from engram_lm.model.units import bytes_of
+    from engram_lm.simulate.tiers import TIERS
 
     found = []
     for part in text.split(","):
@@ -146,7 +146,7 @@ def _model(name: str, context: int) -> tuple[MemoryConfig, int, Backbone]:
 
 def _trace(arguments: argparse.Namespace, memory: MemoryConfig, load: Any) -> tuple[RowTrace, str]:
     from engram_lm.model.row_profile import EXPONENTS
-    from engram_lm.model.row_trace import RowTrace
+    from engram_lm.simulate.row_trace import RowTrace
 
     lengths = [*([load.warm] if load.warm else []), *load.lengths.sum(1).tolist()]
     if arguments.data is None:

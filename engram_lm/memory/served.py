@@ -19,8 +19,8 @@ from engram_lm.memory.table import Merged
 
 WAITS_KEPT = 4096
 """The last ones, of which quantiles are taken."""
-DECODED_AT_ONCE = 16_384
-"""Rows: bounds what decoding takes beside its result."""
+ROWS_AT_ONCE = 16_384
+"""Rows read and decoded together: bounds what a long prompt takes beside the values asked for."""
 
 
 class Served(RowStore):
@@ -89,12 +89,18 @@ class Served(RowStore):
 
     def _gather(self, rows_M: Tensor) -> "_Gathered":
         merged = Merged.of(rows_M)
-        bytes_UR = self.store.gather(merged.rows_U).cpu()
-        values_ME = torch.empty(len(rows_M), self.format.dim, dtype=self.format.value_dtype)
-        for start in range(0, len(rows_M), DECODED_AT_ONCE):
-            part = slice(start, start + DECODED_AT_ONCE)
-            bytes_MR = bytes_UR.index_select(0, merged.position_M[part])
-            values_ME[part] = self.format.decode(bytes_MR)
+        rows, requests = len(merged.rows_U), len(rows_M)
+        values_ME = torch.empty(requests, self.format.dim, dtype=self.format.value_dtype)
+        # numpy, which unlike torch takes no threads from the model to write a few rows.
+        into_MB, place_M = values_ME.view(torch.uint8).numpy(), merged.position_M.numpy()
+        for start in range(0, rows, ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, rows)
+            first = int(merged.first_U[start])
+            last = int(merged.first_U[stop]) if stop < rows else requests
+            bytes_KR = self.store.gather(merged.rows_U[start:stop]).cpu()
+            values_KB = self.format.decode(bytes_KR).contiguous().view(torch.uint8).numpy()
+            asked = merged.order_M[first:last].numpy()
+            into_MB[asked] = values_KB[place_M[asked] - start]
         return _Gathered(values_ME, len(merged.rows_U))
 
     def _waited(self, gathered: "_Gathered", seconds: float) -> None:
@@ -128,6 +134,11 @@ class _Waiting:
         return values_ME
 
 
+def _take_one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread's first look settles what it takes
+
+
 class ServedTables:
     """The tables of one model, all of them in stores, and the thread that gathers from them.
 
@@ -136,6 +147,11 @@ class ServedTables:
 
     def __init__(self, stores: Mapping[int, RowStore]) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engram-rows")
+        threads = torch.get_num_threads()
+        # One OpenMP thread: with a team of its own beside the model's there would be more threads
+        # than cores, and OpenMP then lets all of them sleep between two operations.
+        self._thread.submit(_take_one_thread).result()
+        torch.set_num_threads(threads)  # for threads yet to come, as it was
         self.layers = {layer: Served(store, self._thread) for layer, store in stores.items()}
 
     def metrics(self) -> dict[int, LayerMetrics]:

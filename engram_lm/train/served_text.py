@@ -6,7 +6,7 @@ import numpy as np
 
 from engram_lm.errors import DataError
 from engram_lm.memory.ngrams import Addresses
-from engram_lm.model.row_trace import RowTrace
+from engram_lm.simulate.row_trace import RowTrace
 from engram_lm.train.stream import Stream
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engram_lm.model.compute_time import Backbone, Node
-from engram_lm.model.outcome import Outcome
-from engram_lm.model.row_trace import RowTrace, requests_of
-from engram_lm.model.serving import Serving, Simulation
-from engram_lm.model.tiers import Tier
+from engram_lm.simulate.compute_time import Backbone, Node
+from engram_lm.simulate.outcome import Outcome
+from engram_lm.simulate.row_trace import RowTrace, requests_of
+from engram_lm.simulate.serving import Serving, Simulation
+from engram_lm.simulate.tiers import Tier
 
 HOURS = 3 * 365 * 24
 """That memory is written off in."""

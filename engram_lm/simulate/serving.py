@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.model.batching import Batcher, Request, Share
-from engram_lm.model.compute_time import Backbone, Node
-from engram_lm.model.outcome import Outcome
-from engram_lm.model.row_trace import RowTrace
-from engram_lm.model.step_time import StepTimes, step_times
-from engram_lm.model.tier_stack import Tiers
-from engram_lm.model.tiers import Tier
+from engram_lm.simulate.batching import Batcher, Request, Share
+from engram_lm.simulate.compute_time import Backbone, Node
+from engram_lm.simulate.outcome import Outcome
+from engram_lm.simulate.row_trace import RowTrace
+from engram_lm.simulate.step_time import StepTimes, step_times
+from engram_lm.simulate.tier_stack import Tiers
+from engram_lm.simulate.tiers import Tier
 
 LOOK = 256
 """Positions of a waiting prompt that are looked ahead at together."""

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_lm.errors import ConfigError
-from engram_lm.model.recent import Recent, Rows
-from engram_lm.model.tiers import Queue, Tier
+from engram_lm.simulate.recent import Recent, Rows
+from engram_lm.simulate.tiers import Queue, Tier
 
 
 class Tiers:

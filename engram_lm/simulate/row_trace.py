@@ -14,8 +14,8 @@ import torch
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.specification import Specification
-from engram_lm.model.batching import Request
 from engram_lm.model.row_profile import EXPONENTS
+from engram_lm.simulate.batching import Request
 
 MOST_ROWS = 2**31 - 1
 PIECE = 65_536

@@ -6,7 +6,7 @@ Shapes: G layers with a memory, K tiers.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engram_lm.model.tiers import Queue
+from engram_lm.simulate.tiers import Queue
 
 
 class StepTimes(NamedTuple):

@@ -1,0 +1,1 @@
+"""Serving with tables in tiers, step by step, on machines that need not be there."""
