@@ -43,8 +43,9 @@ def die_at(call: int, draw: random.Random) -> None:
         setattr(os, name, wrapped(getattr(os, name), halves=False))
 
 
-def killed(source: Path, out: Path, name: str, layout: str, seed: int) -> int:
+def killed(source: Path, out: Path, name: str, layout: str, hot: int, seed: int) -> int:
     """Packs in one process after another, each killed, until one gets through; how many were."""
+    hot_K = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:hot] if hot else None
     draw, kills = random.Random(seed), 0
     while True:
         call, child = draw.randint(1, 60), os.fork()
@@ -53,7 +54,8 @@ def killed(source: Path, out: Path, name: str, layout: str, seed: int) -> int:
             packed.BLOCK_BYTES, pack_module.COMMIT_BLOCKS = 2**13, 4
             die_at(call, random.Random(seed + kills))
             (table, *_) = open_sources(source)
-            pack_module.pack(table, RowFormat.named(name, table.format.dim), layout, out)
+            format = RowFormat.named(name, table.format.dim)
+            pack_module.pack(table, format, layout, out, hot_K=hot_K)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):
@@ -77,9 +79,11 @@ if __name__ == "__main__":
     if what == "growth":
         print(json.dumps(growth(Path(source), Path(out), name)))
     else:
-        layout, *seeds = more
+        layout, hot, *seeds = more
         kills = [
-            killed(Path(source), Path(out) / f"{seed}.safetensors", name, layout, int(seed))
+            killed(
+                Path(source), Path(out) / f"{seed}.safetensors", name, layout, int(hot), int(seed)
+            )
             for seed in seeds
         ]
         print(json.dumps(kills))

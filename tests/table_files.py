@@ -12,11 +12,15 @@ from engram_lm.memory.specification import Specification
 
 
 def trainable(
-    directory: Path, rows_per_head: int = 20_000, dim: int = 32, seed: int = 0
+    directory: Path,
+    rows_per_head: int = 20_000,
+    dim: int = 32,
+    seed: int = 0,
+    canonical: CanonicalMap | None = None,
 ) -> dict[int, torch.Tensor]:
     """What `engram pack` reads of a directory that save_pretrained wrote; returns its tables."""
     directory.mkdir(parents=True, exist_ok=True)
-    canonical = CanonicalMap(torch.arange(50))
+    canonical = canonical or CanonicalMap(torch.arange(50))
     specification = Specification(
         layers=(0, 2), rows_per_head=(rows_per_head,), heads=2, pad_id=0
     ).bind(canonical)

@@ -270,17 +270,23 @@ def test_truncated_overlong_unfinished_and_foreign_files_are_one_line(tmp_path):
         Packed.open(path, other)
 
 
-@pytest.mark.parametrize(("name", "layout"), [("int4", "packed"), ("fp8", "deepseek-v4.1")])
-def test_killed_at_random_writes_it_goes_on_to_the_same_bytes(small_blocks, tmp_path, name, layout):
+@pytest.mark.parametrize(
+    ("name", "layout", "hot"),
+    [("int4", "packed", 0), ("fp8", "deepseek-v4.1", 0), ("int4", "packed", 104)],
+)
+def test_killed_at_random_writes_it_goes_on_to_the_same_bytes(
+    small_blocks, tmp_path, name, layout, hot
+):
     trainable(tmp_path / "model", 2000, 256)
-    kills = worker("killed", tmp_path / "model", tmp_path, name, layout, 0, 1)
+    kills = worker("killed", tmp_path / "model", tmp_path, name, layout, hot, 0, 1)
     assert min(kills) >= 2
     (source, _) = open_sources(tmp_path / "model")
-    pack(source, RowFormat.named(name, 256), layout, tmp_path / "whole.safetensors")
-    whole = hashlib.sha256((tmp_path / "whole.safetensors").read_bytes()).digest()
+    hot_K = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:hot] if hot else None
+    whole = tmp_path / "whole.safetensors"
+    pack(source, RowFormat.named(name, 256), layout, whole, hot_K=hot_K)
     for seed in range(2):
         content = (tmp_path / f"{seed}.safetensors").read_bytes()
-        assert hashlib.sha256(content).digest() == whole
+        assert hashlib.sha256(content).digest() == hashlib.sha256(whole.read_bytes()).digest()
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -388,6 +394,14 @@ def test_a_value_that_cannot_be_said_is_named_by_its_row(capsys, tmp_path):
         (["SOURCE", "--out=x", "--layers=1"], "--layers 1: the source has 0, 2"),
         (["nowhere", "--out=x"], "nowhere/config.json: No such file"),
         (["--verify", "nowhere"], "nowhere: No such file"),
+        (["SOURCE", "--out=x", "--hot=0.1"], "--hot and --data: give both or neither"),
+        (["SOURCE", "--out=x", "--data=x"], "--hot and --data: give both or neither"),
+        (["--verify", "x", "--hot=0.1"], "takes packed files and nothing else"),
+        (["SOURCE", "--out=x", "--hot=1.5", "--data=x"], "--hot 1.5: a share of the table's rows"),
+        (["SOURCE", "--out=x", "--hot=7", "--data=x"], "--hot 7: a share of the table's rows"),
+        (["SOURCE", "--out=x", "--hot=few", "--data=x"], "--hot few: a share of the table's"),
+        (["SOURCE", "--out=x", "--hot=8", "--data=x"], "x: no index.json"),
+        (["SOURCE", "--out=x", "--hot=8", "--data=x", "--layout=trainable"], "no place for hot"),
     ],
     ids=str,
 )

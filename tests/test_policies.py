@@ -38,13 +38,20 @@ def trace_of(policies, asked: list[np.ndarray]):
     return policies.Trace(np.concatenate(asked).astype(np.int32), begins)
 
 
+@pytest.mark.parametrize("hot", [0, 160])
 @pytest.mark.parametrize(("size", "places"), [(24, 160), (24, 1600), (400, 160), (400, 1600)])
-def test_the_replay_finds_what_the_cache_finds(policies, size, places):
+def test_the_replay_finds_what_the_cache_finds(policies, size, places, hot):
     asked = requests(size, 300)
     trace = trace_of(policies, asked)
-    hit_M = policies.in_sets(trace, places, probation=PROBATION)
-    cache = Cache(Resident(content(SMALL, ROWS), SMALL), places * (SMALL.row_bytes + 16))
+    counts_V = np.bincount(trace.rows_M, minlength=ROWS)
+    hot_K = np.argsort(-counts_V, kind="stable")[:hot]
+    hit_M = policies.in_sets(trace, places, probation=PROBATION, seeds=hot_K.astype(np.int32))
+    bytes_VR = content(SMALL, ROWS)
+    cache = Cache(Resident(bytes_VR, SMALL), places * (SMALL.row_bytes + 16))
     assert cache.sets == places // WAYS
+    for piece in (slice(0, 100), slice(100, hot)) if hot else ():
+        rows_K = torch.from_numpy(hot_K[piece])
+        cache.seed(rows_K, bytes_VR[rows_K])
     for rows, begin in zip(asked, trace.begins_Q, strict=True):
         before = cache.hits
         cache.gather(torch.from_numpy(rows))

@@ -15,8 +15,10 @@ from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.rows import RowStore
 from engram_lm.memory.served import ServedTables
 from engram_lm.model.units import bytes_of, size_text
+from engram_lm.store.byte_bar import byte_bar
 from engram_lm.store.cache import Cache
 from engram_lm.store.disk import Disk
+from engram_lm.store.hot import Hot
 from engram_lm.store.source import Source, open_sources
 
 AHEAD = 8
@@ -65,7 +67,8 @@ def open_rows(
     """The rows of each layer: from the weights that save_pretrained wrote, or from the packed files
     in the directory `tables`.
 
-    The budget is shared out by size of table. ConfigError where it is too small or the directory is
+    The budget is shared out by size of table. Caches begin with the hot rows of packed files that
+    have them, read from front to back. ConfigError where it is too small or the directory is
     none of this machine; DataError and MismatchError where the files do not hold the tables of
     `memory`.
     """
@@ -78,11 +81,24 @@ def open_rows(
             disk = Disk(source.format, source.parts, ahead_bytes=share // AHEAD)
             opened.callback(disk.close)
             try:
-                stores[source.layer] = Cache(disk, share - share // AHEAD)
+                cache = Cache(disk, share - share // AHEAD)
             except ConfigError as error:
                 raise ConfigError(f"memory_budget={size_text(budget)}: {error}") from error
+            stores[source.layer] = cache
+            if source.hot is not None:
+                _seed(cache, source.hot, f"hot rows of layer {source.layer}")
         opened.pop_all()
     return ServedTables(stores)
+
+
+def _seed(cache: Cache, hot: Hot, what: str) -> None:
+    """What does not fit is not read."""
+    most = min(cache.places, hot.region.rows)
+    with byte_bar() as bar:
+        task = bar.add_task(what, total=most * hot.region.row_bytes)
+        for rows_M, bytes_MR in hot.blocks(most):
+            cache.seed(rows_M, bytes_MR)
+            bar.advance(task, bytes_MR.nbytes)
 
 
 def _sources(memory: MemoryConfig, directory: Path, tables: Path | None) -> list[Source]:

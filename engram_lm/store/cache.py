@@ -86,6 +86,20 @@ class Cache(RowStore):
                 self._take_in(rows_K.numpy(), bytes_KR, alone=request == self._requests)
             return bytes_MR
 
+    @property
+    def places(self) -> int:
+        """Rows that it can hold."""
+        return self.sets * WAYS
+
+    def seed(self, rows_K: Tensor, bytes_KR: Tensor) -> None:
+        """Takes in distinct rows as if they had been found here before all others, as many as there
+        are places for that no row has; what comes first has its place first."""
+        with self._door.inside():
+            check_rows(rows_K, self.rows)
+            with self._lock:
+                self._requests += 1  # who is about to bring rows must look for them again
+                self._take_in(rows_K.numpy(), bytes_KR.numpy(), alone=False, seeds=True)
+
     def prefetch(self, rows_M: Tensor) -> None:
         """Hands on what is not here."""
         rows_M = rows_M.cpu()
@@ -117,10 +131,16 @@ class Cache(RowStore):
         return place_M, self._tags_SW.reshape(-1).take(place_M) == rows_M
 
     def _take_in(
-        self, rows_K: NDArray[np.int64], bytes_KR: NDArray[np.uint8], *, alone: bool
+        self,
+        rows_K: NDArray[np.int64],
+        bytes_KR: NDArray[np.uint8],
+        *,
+        alone: bool,
+        seeds: bool = False,
     ) -> None:
-        """Puts distinct rows in places of their sets; a set takes W and no more. alone: nobody else
-        can have brought some of them since they were missing."""
+        """Puts distinct rows in places of their sets; a set takes W and no more, and of seeds what
+        fills its empty places. alone: nobody else can have brought some of them since they were
+        missing."""
         set_K = rows_K % self.sets
         order_K = np.argsort(set_K, kind="stable")
         if not alone:
@@ -128,11 +148,11 @@ class Cache(RowStore):
         set_K = set_K[order_K]
         starts_K = np.searchsorted(set_K, set_K)
         rank_K = np.arange(len(set_K)) - starts_K
-        fits_K = rank_K < WAYS
+        fits_K = rank_K < ((self._tags_SW[set_K] == NOBODY).sum(axis=1) if seeds else WAYS)
         order_K, set_K, rank_K = order_K[fits_K], set_K[fits_K], rank_K[fits_K]
         place_K = set_K * WAYS + self._leaving(set_K)[np.arange(len(set_K)), rank_K]
         self._tags_SW.reshape(-1)[place_K] = rows_K[order_K]
-        self._used_SW.reshape(-1)[place_K] = self._requests
+        self._used_SW.reshape(-1)[place_K] = AGAIN if seeds else self._requests
         self._bytes.numpy()[place_K] = bytes_KR[order_K]
 
     def _leaving(self, set_K: NDArray[np.int64]) -> NDArray[np.int64]:

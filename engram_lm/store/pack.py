@@ -1,8 +1,10 @@
 """A table from one file layout and row format into another, in bounded memory, resumable.
 
-Rows are read, converted, hashed and written a block at a time: some 30 MB, however large the table.
+Rows are read, converted, hashed and written a block at a time: some 30 MB, however large the table,
+and 24 bytes for each hot row. A hot row's copy is written when its row is, so both are on the disk
+or neither.
 
-Shapes: M rows of a block, R bytes per row.
+Shapes: M rows of a block, K hot rows, R bytes per row.
 """
 
 import hashlib
@@ -11,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, cat
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.rows import RowFormat
 from engram_lm.store import aside
 from engram_lm.store.aside import Aside
+from engram_lm.store.hot import MULTIPLE, NUMBER_BYTES, check_hot
 from engram_lm.store.packed import Label, checksums_at
 from engram_lm.store.source import Source
 
@@ -40,29 +45,35 @@ def pack(
     layout: str,
     path: Path,
     progress: Callable[[int], None] | None = None,
+    *,
+    hot_K: Tensor | None = None,
 ) -> None:
     """Writes one table's file; what an interrupted call left is gone on with, to the same bytes.
 
-    Rows whose format stays are copied, others decoded and written anew. progress: called with the
+    Rows whose format stays are copied, others decoded and written anew. hot_K: numbers of the rows
+    that a packed file has copies of, the hottest first; a multiple of 8. progress: called with the
     bytes of each block written, at first with all that were there. Beside the file stays its
     journal, for the caller to remove when no file is missing. ConfigError for a format that the
     layout cannot say; DataError where the disk is full or a file of that name exists.
     """
     label = Label(specification=source.specification, layer=source.layer, format=format)
-    head = label.header() if layout == "packed" else _header(label, layout)
-    identity = hashlib.sha256(head + source.identity.encode()).hexdigest()
+    hot = _checked(hot_K, label.rows, layout)
+    head = label.header(hot=len(hot)) if layout == "packed" else _header(label, layout)
+    identity = hashlib.sha256(head + source.identity.encode() + hot.tobytes()).hexdigest()
     step, rows = label.block_rows, label.rows
+    begin = len(head) + len(hot) * (NUMBER_BYTES + format.row_bytes)
     if path.exists():
         if aside.recorded(path, identity) < label.blocks:
             raise DataError(f"{path}: is there already; remove it, or write elsewhere")
         if progress is not None:
             progress(rows * format.row_bytes)
         return
-    with Aside(path, len(head) + rows * format.row_bytes, identity) as file:
+    with Aside(path, begin + rows * format.row_bytes, identity) as file:
         checksums = checksums_at(head) if layout == "packed" else 0
+        copies = _Copies(file, len(head) + hot.nbytes, hot, format.row_bytes)
         digests = ""
         if not file.done:
-            file.write(0, head)
+            file.write(0, head + hot.tobytes())
         elif layout == "packed":
             digests = file.read(checksums, 64 * file.done).decode()
         if progress is not None:
@@ -72,7 +83,8 @@ def pack(
             bytes_MR = converted(source, format, first, last)
             if layout == "packed":
                 content = bytes_MR.numpy().tobytes()
-                file.write(len(head) + first * format.row_bytes, content)
+                file.write(begin + first * format.row_bytes, content)
+                copies.write(content, first, last)
                 digests += hashlib.sha256(content).hexdigest()
             else:
                 width, scales = format.value_bytes, len(head) + rows * format.value_bytes
@@ -86,8 +98,49 @@ def pack(
             if progress is not None:
                 progress((last - first) * format.row_bytes)
         if layout == "packed":
-            file.write(0, label.header(digests))
+            hot_sha256 = hashlib.sha256(hot.tobytes()).hexdigest() + copies.digests(step)
+            file.write(0, label.header(digests, hot=len(hot), hot_sha256=hot_sha256))
         file.finish()
+
+
+class _Copies:
+    """Of hot rows: each is written to its place before the table when its row is at hand."""
+
+    def __init__(self, file: Aside, offset: int, hot: NDArray[np.int64], row_bytes: int) -> None:
+        self._file, self._offset, self._row_bytes = file, offset, row_bytes
+        self._place_K = np.argsort(hot)
+        self._row_K = hot[self._place_K]
+
+    def write(self, content: bytes, first: int, last: int) -> None:
+        """Those among rows `first` to `last` - 1, whose bytes these are."""
+        low, high = np.searchsorted(self._row_K, (first, last))
+        found = slice(low, high)
+        begins = ((self._row_K[found] - first) * self._row_bytes).tolist()
+        for place, begin in zip(self._place_K[found].tolist(), begins, strict=True):
+            row = content[begin : begin + self._row_bytes]
+            self._file.write(self._offset + place * self._row_bytes, row)
+
+    def digests(self, block_rows: int) -> str:
+        """SHA-256 of each block of them, read back."""
+        found = ""
+        for first in range(0, len(self._row_K), block_rows):
+            length = (min(first + block_rows, len(self._row_K)) - first) * self._row_bytes
+            content = self._file.read(self._offset + first * self._row_bytes, length)
+            found += hashlib.sha256(content).hexdigest()
+        return found
+
+
+def _checked(hot_K: Tensor | None, rows: int, layout: str) -> NDArray[np.int64]:
+    """As they are written: little-endian."""
+    if hot_K is None:
+        return np.empty(0, "<i8")
+    hot: NDArray[np.int64] = hot_K.numpy().astype("<i8")
+    if layout != "packed" or not len(hot) or len(hot) % MULTIPLE:
+        raise ConfigError(
+            f"{len(hot)} hot rows in a {layout} file: packed ones have a multiple of {MULTIPLE}"
+        )
+    check_hot("hot rows", hot, rows)
+    return hot
 
 
 def converted(source: Source, format: RowFormat, first: int, last: int) -> Tensor:

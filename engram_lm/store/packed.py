@@ -1,7 +1,8 @@
 """The packed file: rows of one layer's table, values and scales side by side, and what they are.
 
 A safetensors file of one U8 tensor `rows`, (V, R); its metadata hold the specification, the row
-format and a SHA-256 of every block of rows. docs/table-format.md says every byte.
+format and a SHA-256 of every block of rows. Copies of the hot rows may stand before it.
+docs/table-format.md says every byte.
 
 Shapes: V rows of the table, R bytes per row.
 """
@@ -12,14 +13,16 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.rows import DTYPES, RowFormat
 from engram_lm.memory.specification import Specification
+from engram_lm.store.disk import Disk
 from engram_lm.store.header import Header, read_header
+from engram_lm.store.hot import COPIES, DIGITS, NUMBER_BYTES, NUMBERS, Hot
 from engram_lm.store.region import Region
 
 FORMAT = "engram-table"
@@ -30,8 +33,9 @@ BLOCK_BYTES = 2**20
 PAGE = 4096
 """Rows begin at a multiple of it, so that blocks can be read without the page cache."""
 SCALES = {"ue8m0": torch.float8_e8m0fnu, "bf16": torch.bfloat16, "none": None}
+HOT_KEY = "hot_sha256"
+"""There where hot rows are."""
 
-_DIGITS = 64
 _KEYS = (
     *("format", "version", "header_sha256", "specification", "specification_sha256", "layer"),
     *("dtype", "dim", "scale_dtype", "scale_group", "block_rows", "block_sha256"),
@@ -63,28 +67,43 @@ class Label:
         """How many there are."""
         return -(-self.rows // self.block_rows)
 
-    def header(self, block_sha256: str | None = None) -> bytes:
-        """All bytes before the first row; with zeros for checksums where none are given."""
+    def header(
+        self, block_sha256: str | None = None, *, hot: int = 0, hot_sha256: str | None = None
+    ) -> bytes:
+        """All bytes before the first tensor; with zeros for checksums where none are given.
+
+        hot: how many rows have copies.
+        """
         scales = next(name for name, dtype in SCALES.items() if dtype == self.format.scale_dtype)
         values = (
-            *(FORMAT, VERSION, "0" * _DIGITS),
+            *(FORMAT, VERSION, "0" * DIGITS),
             json.dumps(self.specification.to_dict(), sort_keys=True, separators=(",", ":")),
             *(self.specification.digest, str(self.layer), self.format.name, str(self.format.dim)),
             *(scales, str(self.format.scale_group or 0), str(self.block_rows)),
-            "0" * _DIGITS * self.blocks if block_sha256 is None else block_sha256,
+            "0" * DIGITS * self.blocks if block_sha256 is None else block_sha256,
         )
-        shape = (self.rows, self.format.row_bytes)
-        entry = {"dtype": "U8", "shape": shape, "data_offsets": (0, shape[0] * shape[1])}
-        record = {"__metadata__": dict(zip(_KEYS, values, strict=True)), TENSOR: entry}
+        metadata, row_bytes = dict(zip(_KEYS, values, strict=True)), self.format.row_bytes
+        tensors: list[tuple[str, str, tuple[int, ...], int]] = []
+        if hot:
+            zeros = "0" * DIGITS * (1 + -(-hot // self.block_rows))
+            metadata[HOT_KEY] = zeros if hot_sha256 is None else hot_sha256
+            tensors.append((NUMBERS, "I64", (hot,), hot * NUMBER_BYTES))
+            tensors.append((COPIES, "U8", (hot, row_bytes), hot * row_bytes))
+        tensors.append((TENSOR, "U8", (self.rows, row_bytes), self.rows * row_bytes))
+        record: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name, dtype, shape, size in tensors:
+            record[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end + size)}
+            end += size
         text = json.dumps(record, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % PAGE)
+        text += b" " * (-(8 + len(text) + hot * (NUMBER_BYTES + row_bytes)) % PAGE)
         content = len(text).to_bytes(8, "little") + text
         return content if block_sha256 is None else _sealed(content, seal(content))
 
 
 def seal(header: bytes) -> str:
-    """SHA-256 of all bytes before the first row, with zeros where it stands itself."""
-    return hashlib.sha256(_sealed(header, "0" * _DIGITS)).hexdigest()
+    """SHA-256 of all bytes before the first tensor, with zeros where it stands itself."""
+    return hashlib.sha256(_sealed(header, "0" * DIGITS)).hexdigest()
 
 
 def checksums_at(header: bytes) -> int:
@@ -94,11 +113,11 @@ def checksums_at(header: bytes) -> int:
 
 def _sealed(header: bytes, digits: str) -> bytes:
     place = header.index(_SEALED) + len(_SEALED)
-    return header[:place] + digits.encode() + header[place + _DIGITS :]
+    return header[:place] + digits.encode() + header[place + DIGITS :]
 
 
 class Damage(NamedTuple):
-    """A block that is not what its checksum says: rows `first` to `last` - 1."""
+    """A block that is not what its checksum says: rows `first` to `last` - 1, or copies."""
 
     block: int
     first: int
@@ -117,12 +136,13 @@ class Packed:
     """64 hex digits a block."""
     sha256: str
     """Of the header, and through the checksums in it of every row."""
+    hot: Hot | None = None
 
     @classmethod
     def open(
         cls, path: str | os.PathLike[str], specification: Specification | None = None
     ) -> "Packed":
-        """Checks the header, and that the file is as long as it says.
+        """Checks the header, that the file is as long as it says, and the numbers of hot rows.
 
         DataError for a file that is truncated, damaged in its header, unfinished or no packed file,
         of another version, or of another shape or dtype than its specification gives it;
@@ -135,13 +155,18 @@ class Packed:
             _refuse(path, f"format={given.get('format')!r}: no packed table ({FORMAT!r} is needed)")
         if given.get("version") != VERSION:
             _refuse(path, f"version={given.get('version')!r}: version {VERSION!r} is read")
-        if set(given) != set(_KEYS):
-            wrong = min(set(given) ^ set(_KEYS))
-            _refuse(path, f"metadata key {wrong!r}: just {', '.join(_KEYS)} are needed")
-        if set(header.tensors) != {TENSOR}:
-            _refuse(path, f"tensors {sorted(header.tensors)}: one named {TENSOR!r} is needed")
+        hot = NUMBERS in header.tensors
+        if wrong := set(given) ^ {*_KEYS, *((HOT_KEY,) if hot else ())}:
+            _refuse(path, f"metadata key {min(wrong)!r}: just {', '.join(_KEYS)} are needed")
+        if list(header.tensors) not in ([TENSOR], [NUMBERS, COPIES, TENSOR]):
+            _refuse(
+                path,
+                f"tensors {', '.join(header.tensors)}: one named {TENSOR!r} is needed, and "
+                f"before it none or {NUMBERS}, {COPIES}",
+            )
         entry = header.tensors[TENSOR]
-        _check_seal(path, entry.offset, given["header_sha256"])
+        start = min(each.offset for each in header.tensors.values())
+        _check_seal(path, start, given["header_sha256"])
         label = _label(path, header)
         if (entry.dtype, entry.shape) != ("U8", (label.rows, label.format.row_bytes)):
             _refuse(
@@ -150,10 +175,13 @@ class Packed:
                 f"{(label.rows, label.format.row_bytes)}",
             )
         block_rows = _natural(path, "block_rows", given["block_rows"])
-        digits = _DIGITS * -(-label.rows // max(1, block_rows))
+        digits = DIGITS * -(-label.rows // max(1, block_rows))
         if block_rows < 1 or len(given["block_sha256"]) != digits:
             found = len(given["block_sha256"])
             _refuse(path, f"block_sha256 has {found} digits for blocks of {block_rows} rows")
+        region = Region(
+            path=path, offset=entry.offset, rows=label.rows, row_bytes=label.format.row_bytes
+        )
         if specification is not None and specification.digest != label.specification.digest:
             raise MismatchError(
                 f"{path}: packed with the specification of sha256 {label.specification.digest}, "
@@ -161,15 +189,11 @@ class Packed:
             )
         return cls(
             label=label,
-            region=Region(
-                path=path,
-                offset=entry.offset,
-                rows=label.rows,
-                row_bytes=label.format.row_bytes,
-            ),
+            region=region,
             block_rows=block_rows,
             block_sha256=given["block_sha256"],
             sha256=given["header_sha256"],
+            hot=Hot.open(header.tensors, region, block_rows, given[HOT_KEY]) if hot else None,
         )
 
     def damaged(self, progress: Callable[[int], None] | None = None) -> Iterator[Damage]:
@@ -184,7 +208,7 @@ class Packed:
                 for block, first in enumerate(range(0, region.rows, self.block_rows)):
                     last = min(first + self.block_rows, region.rows)
                     content = file.read(min(size, (last - first) * region.row_bytes))
-                    digits = self.block_sha256[_DIGITS * block : _DIGITS * (block + 1)]
+                    digits = self.block_sha256[DIGITS * block : DIGITS * (block + 1)]
                     if hashlib.sha256(content).hexdigest() != digits:
                         yield Damage(block, first, last)
                     if progress is not None:
@@ -192,11 +216,27 @@ class Packed:
         except OSError as error:
             raise DataError(f"{region.path}: {error.strerror}") from error
 
+    def damaged_copies(self, progress: Callable[[int], None] | None = None) -> Iterator[Damage]:
+        """Reads every copy of a hot row, and that row, and names the blocks of copies that are not
+        what their checksums say or not what the table has.
+
+        progress: called with the bytes of each block. DataError where the file cannot be read.
+        """
+        if self.hot is None:
+            return
+        with Disk(self.label.format, [[self.region]]) as table:
+            for block, first in enumerate(range(0, self.hot.region.rows, self.block_rows)):
+                rows_M, bytes_MR, whole = self.hot.block(block)
+                if not whole or not bytes_MR.equal(table.gather(rows_M)):
+                    yield Damage(block, first, first + len(rows_M))
+                if progress is not None:
+                    progress(bytes_MR.nbytes)
+
 
 def _check_seal(path: Path, length: int, recorded: str) -> None:
     with path.open("rb") as file:
         content = file.read(length)
-    if content.count(_SEALED) != 1 or len(recorded) != _DIGITS or seal(content) != recorded:
+    if content.count(_SEALED) != 1 or len(recorded) != DIGITS or seal(content) != recorded:
         _refuse(path, f"its header is not what header_sha256={recorded[:16]!r}... says: damaged")
 
 

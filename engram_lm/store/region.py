@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from engram_lm.errors import DataError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
@@ -20,3 +25,19 @@ class Region:
     def end(self) -> int:
         """Bytes from the beginning of the file to behind the last row."""
         return self.offset + self.rows * self.row_bytes
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` - 1 as they are stored, (M, R) uint8. DataError."""
+        length = (last - first) * self.row_bytes
+        content = bytearray(length)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + first * self.row_bytes)
+                count = file.readinto(content)
+                while count < length and (more := file.readinto(memoryview(content)[count:])):
+                    count += more
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}") from error
+        if count < length:
+            raise DataError(f"{self.path}: ends before its rows do: truncated")
+        return torch.frombuffer(content, dtype=torch.uint8).view(-1, self.row_bytes)

@@ -22,6 +22,7 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.rows import RowFormat
 from engram_lm.memory.specification import Specification
 from engram_lm.store.header import Entry, read_header
+from engram_lm.store.hot import Hot
 from engram_lm.store.packed import Packed
 from engram_lm.store.region import Region
 from engram_lm.store.released import DTYPES, Released
@@ -36,13 +37,15 @@ class Source:
     """One layer's table in files.
 
     parts: lists of regions. Rows of one list go on from region to region; lists stand side by side,
-    as values and scales do in files that keep them apart.
+    as values and scales do in files that keep them apart. hot: copies of the rows that are asked
+    for most, where a packed file has them.
     """
 
     specification: Specification
     layer: int
     format: RowFormat
     parts: Sequence[Sequence[Region]]
+    hot: Hot | None = None
 
     @property
     def rows(self) -> int:
@@ -81,19 +84,7 @@ def _read(regions: Sequence[Region], first: int, last: int) -> list[Tensor]:
     for region in regions:
         low, high = max(first - begin, 0), min(last - begin, region.rows)
         if low < high:
-            length, width = (high - low) * region.row_bytes, region.row_bytes
-            content = bytearray(length)
-            try:
-                with region.path.open("rb", buffering=0) as file:
-                    file.seek(region.offset + low * width)
-                    count = file.readinto(content)
-                    while count < length and (more := file.readinto(memoryview(content)[count:])):
-                        count += more
-            except OSError as error:
-                raise DataError(f"{region.path}: {error.strerror}") from error
-            if count < length:
-                raise DataError(f"{region.path}: ends before its rows do: truncated")
-            found.append(torch.frombuffer(content, dtype=torch.uint8).view(-1, width))
+            found.append(region.read(low, high))
         begin += region.rows
     return found
 
@@ -114,6 +105,7 @@ def open_sources(path: Path, tokenizer: Path | None = None) -> list[Source]:
                 layer=label.layer,
                 format=label.format,
                 parts=[[packed.region]],
+                hot=packed.hot,
             )
         ]
     try:
