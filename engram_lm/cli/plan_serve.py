@@ -128,8 +128,9 @@ def _model(name: str, context: int) -> tuple[MemoryConfig, int, Backbone]:
     import torch
 
     from engram_lm.memory.rows import RowFormat
-    from engram_lm.model import compute_time, memory_budget
+    from engram_lm.model import memory_budget
     from engram_lm.model.presets import PRESETS, preset
+    from engram_lm.simulate import compute_time
 
     if name == DEEPSEEK:
         budget = memory_budget.deepseek_v41()
