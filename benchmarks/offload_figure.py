@@ -67,7 +67,7 @@ def summarize(cells: Cells, facts: dict[str, Any]) -> dict[str, float]:
     for backbone, each in facts.items():
         if isinstance(each, dict) and "limit" in each:
             name = backbone.replace(".", "_")
-            for fact in ("peak_without_rows", "budget", "limit", "peak", "cgroup_peak"):
+            for fact in ("peak_without_rows", "budget", "limit", "peak", "times_at_limit"):
                 summary[f"{name}_{fact}"] = each[fact]
     first = facts.get("first_token_seconds")
     if first:

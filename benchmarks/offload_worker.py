@@ -148,11 +148,6 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main(
     pipe: Connection, directory: Path, tables: Path, budget: int, arms: list[str], cgroup: str
 ) -> None:
@@ -163,7 +158,7 @@ def main(
     torch.set_flush_denormal(True)
     keep_freed_memory()
     worker = Worker(directory, tables, budget, arms)
-    pipe.send(peak_bytes())
+    pipe.send("ready")
     while (request := pipe.recv()) is not None:
         name, *arguments = request
-        pipe.send(peak_bytes() if name == "peak" else getattr(worker, name)(*arguments))
+        pipe.send(getattr(worker, name)(*arguments))
