@@ -21,7 +21,9 @@ def metrics_table(metrics: Mapping[int, LayerMetrics]) -> Grid:
     for column in ("layer", "asked", "unique", "found in", "read", "passes", "wait p50", "p99"):
         grid.add_column(column, justify="left" if column == "found in" else "right")
     for layer, each in metrics.items():
-        found = ", ".join(f"{tier.name} {_share(tier.hits, each.unique)}" for tier in each.tiers)
+        # Of what the first was asked: rows of a token guessed wrongly were read as well.
+        asked = each.tiers[0].asked if each.tiers else 0
+        found = ", ".join(f"{tier.name} {_share(tier.hits, asked)}" for tier in each.tiers)
         grid.add_row(
             str(layer),
             f"{each.asked:,}",
