@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -224,6 +225,20 @@ def test_closed_tables_answer_in_one_line_and_a_dropped_model_closes_its_files(s
     del served
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_the_thread_that_gathers_takes_no_others_and_leaves_the_model_its_own(saved):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        served = load(saved, memory="disk", memory_budget="1MB")
+        thread = served.model.served._thread
+        assert thread.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(saved, tmp_path):

@@ -153,6 +153,8 @@ class ServedTables:
         self._thread.submit(_take_one_thread).result()
         torch.set_num_threads(threads)  # for threads yet to come, as it was
         self.layers = {layer: Served(store, self._thread) for layer, store in stores.items()}
+        for store in stores.values():  # compiled decoding is imported now, not by the first row
+            self._thread.submit(store.format.decode, torch.zeros(1, store.format.row_bytes).byte())
 
     def metrics(self) -> dict[int, LayerMetrics]:
         """Of each layer, since it was opened."""
