@@ -68,7 +68,6 @@ def from_disk(
             directory, dtype=model.dtype, memory="disk", memory_budget=budget
         ).to(model.device)
         tables_on_disk = served.model.served
-        before = _counts(tables_on_disk)
         for number in [0, *range(passes)]:
             window = torch.from_numpy(ids_T[number * step : (number + 1) * step].astype(np.int64))
             ids_BC = window.view(-1, context).to(model.device)
@@ -78,7 +77,7 @@ def from_disk(
                 with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
                     logits[name] = each(input_ids=ids_BC, use_cache=False).logits
                 seconds[name].append(time.perf_counter() - begun)
-            if len(seconds["disk"]) == 1:
+            if len(seconds["disk"]) == 1:  # the pass that is not counted
                 before = _counts(tables_on_disk)
             equal &= torch.equal(logits["memory"], logits["disk"])
         asked, hits, bytes_read = _counts(tables_on_disk) - before

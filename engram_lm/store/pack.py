@@ -21,7 +21,7 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.rows import RowFormat
 from engram_lm.store import aside
 from engram_lm.store.aside import Aside
-from engram_lm.store.hot import MULTIPLE, NUMBER_BYTES, check_hot
+from engram_lm.store.hot import DIGITS, MULTIPLE, NUMBER_BYTES, check_hot
 from engram_lm.store.packed import Label, checksums_at
 from engram_lm.store.source import Source
 
@@ -75,7 +75,7 @@ def pack(
         if not file.done:
             file.write(0, head + hot.tobytes())
         elif layout == "packed":
-            digests = file.read(checksums, 64 * file.done).decode()
+            digests = file.read(checksums, DIGITS * file.done).decode()
         if progress is not None:
             progress(min(file.done * step, rows) * format.row_bytes)
         for block in range(file.done, label.blocks):
