@@ -41,7 +41,7 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.ngrams_numba import CompiledAddresses
 from engram_lm.memory.specification import Specification
-from engram_lm.store.cache import PROBATION
+from engram_lm.store.sets import PROBATION
 from engram_lm.studies.record import Record
 from engram_lm.train import corpus
 from engram_lm.train.shards import Shards

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from engram_lm.store.cache import NOBODY, WAYS
+from engram_lm.store.sets import NOBODY, WAYS
 
 Rows = NDArray[np.int32]
 Hits = NDArray[np.bool_]

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from stores import FORMATS, content, shards, split_disk, write, zipf
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.store import row_file
 from engram_lm.store.ahead import PATIENCE, Ahead
 from engram_lm.store.disk import HINTED_AT_ONCE, SLICE, Disk
 from engram_lm.store.region import Region
 from engram_lm.store.released import Released
-from engram_lm.store.row_file import PAGE, WINDOW, Extents
+from engram_lm.store.row_file import PAGE, WINDOW, Extents, RowFile
 
 KIT = Path(__file__).parents[1] / "conformance"
 FP8 = FORMATS["fp8"]
@@ -67,7 +70,7 @@ def test_extents_cover_all_rows_and_join_neighbouring_pages():
 
 
 class Kernel:
-    """Counts what is asked of the kernel, and may answer badly."""
+    """Counts what is asked of the kernel the plain way, and may answer badly."""
 
     def __init__(self, answer=None):
         self.reads, self.asked, self.handed_back = [], [], []
@@ -88,6 +91,7 @@ class Kernel:
 
     def __enter__(self):
         self.patches = [
+            mock.patch.object(row_file, "_compiled", lambda: None),
             mock.patch.object(os, "preadv", self.read),
             mock.patch.object(os, "posix_fadvise", self.advise),
         ]
@@ -98,6 +102,95 @@ class Kernel:
     def __exit__(self, *_):
         for patch in self.patches:
             patch.stop()
+
+
+@pytest.mark.parametrize("size", [1, WINDOW * 5, SLICE * 2 + 1])
+@pytest.mark.parametrize("width", [8, 264, 5000])
+def test_both_ways_of_reading_give_the_same_bytes_and_count_the_same_pages(tmp_path, size, width):
+    bytes_VW = torch.randint(0, 256, (40_000 if width < 5000 else 4000, width)).byte()
+    region = write(tmp_path / "rows", bytes_VW, offset=100)
+    rows_K = torch.randperm(len(bytes_VW))[:size].sort().values
+    read = []
+    for way in (row_file._compiled, lambda: None):
+        into_KW = np.zeros((len(rows_K), width), np.uint8)
+        file = RowFile(region.path, region.end)
+        with mock.patch.object(row_file, "_compiled", way):
+            pages = file.read_rows(100 + rows_K.numpy() * width, into_KW)
+        file.close()
+        assert np.array_equal(into_KW, bytes_VW[rows_K].numpy())
+        read.append(pages)
+    assert read[0] == read[1]
+
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <sys/types.h>
+static int reads;
+static void note(const char *name, long from, long size) {
+    FILE *log = fopen("log", "a");
+    fprintf(log, "%s %ld %ld\n", name, from, size);
+    fclose(log);
+}
+ssize_t pread(int file, void *into, size_t size, off_t from) {
+    ssize_t (*real)(int, void *, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
+    note("pread", from, size);
+    reads++;
+    if (reads == EIO_AT) { errno = EIO; return -1; }
+    return real(file, into, reads == SHORT_AT ? size / 2 : size, from);
+}
+int posix_fadvise(int file, off_t from, off_t size, int advice) {
+    int (*real)(int, off_t, off_t, int) = dlsym(RTLD_NEXT, "posix_fadvise");
+    note(advice == 3 ? "willneed" : "dontneed", from, size);
+    return real(file, from, size, advice);
+}
+"""
+READS = """
+import sys, numpy as np
+from pathlib import Path
+from engram_lm.store.row_file import RowFile
+path, *rows = sys.argv[1:]
+rows_K = np.array(rows, np.int64)
+into_KW = np.zeros((len(rows), 264), np.uint8)
+file = RowFile(Path(path), 0)
+Path("log").unlink(missing_ok=True)
+print(file.read_rows(100 + rows_K * 264, into_KW))
+Path("bytes").write_bytes(into_KW.tobytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="puts a library before the system's")
+@pytest.mark.parametrize("fault", ["", "EIO_AT", "SHORT_AT"])
+def test_what_a_compiled_read_does_not_get_is_read_plainly(rows, tmp_path, fault):
+    """Faults come from a library between the compiled code and the system's own."""
+    region, bytes_VR = rows
+    rows_K = [3, 5, 900, 901, 902, 20_000, 39_999]
+    (tmp_path / "shim.c").write_text(SHIM)
+    faults = [f"-D{name}={2 if name == fault else -1}" for name in ("EIO_AT", "SHORT_AT")]
+    compiler = ["cc", "-shared", "-fPIC", *faults, "-o", "shim.so", "shim.c"]
+    subprocess.run(compiler, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READS, str(region.path), *map(str, rows_K)],
+        env={**os.environ, "LD_PRELOAD": str(tmp_path / "shim.so")},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (tmp_path / "bytes").read_bytes() == bytes_VR[rows_K].numpy().tobytes()
+    log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    calls = {name: [each[1:] for each in log if each[0] == name] for name, *_ in log}
+    reads = [[str(100 + row * 264), str(count * 264)] for row, count in ((3, 1), (5, 1), (900, 3))]
+    if fault:  # the second read goes wrong: the rest is read by other calls
+        assert calls["pread"] == reads[:2]
+        return
+    assert calls["pread"][:3] == reads and len(calls["pread"]) == 5
+    assert calls["willneed"] == calls["dontneed"]
+    assert int(done.stdout) == sum(int(size) for _, size in calls["willneed"])
+    pages = {(100 + row * 264 + byte) // PAGE for row in rows_K for byte in (0, 263)}
+    assert int(done.stdout) == len(pages) * PAGE
 
 
 def test_rows_asked_for_often_are_read_once_and_neighbours_together(rows):

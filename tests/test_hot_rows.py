@@ -23,9 +23,10 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.rows import RowFormat, RowStore
 from engram_lm.store import packed
-from engram_lm.store.cache import PROBATION, WAYS, Cache
+from engram_lm.store.cache import Cache
 from engram_lm.store.pack import pack
 from engram_lm.store.packed import Packed
+from engram_lm.store.sets import PROBATION, WAYS
 from engram_lm.store.source import open_sources
 from engram_lm.train import corpus, hot_rows
 from engram_lm.train.hot_rows import count_rows, hottest
@@ -233,13 +234,13 @@ ROWS = 100_000
 
 
 def held(cache: Cache, rows_K: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(cache._find(rows_K.numpy())[1])
+    return torch.from_numpy(cache._sets.here(rows_K.numpy()))
 
 
 def test_a_set_takes_the_hottest_and_rows_asked_for_once_do_not_push_them_out():
     sets = 10
     cache = Cache(Counted(LONG, ROWS), sets * WAYS * (8 + 16))
-    assert cache.sets == sets
+    assert cache._sets.count == sets
     rows_K = torch.randperm(2000)[:300]
     for piece in rows_K.split(70):  # what came first keeps its place
         cache.seed(piece, cache.slower.gather(piece))

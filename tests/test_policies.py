@@ -9,8 +9,9 @@ import torch
 from stores import content
 
 from engram_lm.memory.rows import RowFormat
-from engram_lm.store.cache import PROBATION, WAYS, Cache
+from engram_lm.store.cache import Cache
 from engram_lm.store.resident import Resident
+from engram_lm.store.sets import PROBATION, WAYS
 
 SMALL = RowFormat(dtype=torch.float32, dim=4)
 ROWS = 3000
@@ -48,7 +49,7 @@ def test_the_replay_finds_what_the_cache_finds(policies, size, places, hot):
     hit_M = policies.in_sets(trace, places, probation=PROBATION, seeds=hot_K.astype(np.int32))
     bytes_VR = content(SMALL, ROWS)
     cache = Cache(Resident(bytes_VR, SMALL), places * (SMALL.row_bytes + 16))
-    assert cache.sets == places // WAYS
+    assert cache._sets.count == places // WAYS
     for piece in (slice(0, 100), slice(100, hot)) if hot else ():
         rows_K = torch.from_numpy(hot_K[piece])
         cache.seed(rows_K, bytes_VR[rows_K])

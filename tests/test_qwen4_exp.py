@@ -18,6 +18,7 @@ from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.specification import Specification
 from engram_lm.memory.state import DecodingState
 from engram_lm.model import EngramLMForCausalLM
+from engram_lm.store import released as released_module
 from engram_lm.store.released import Released
 
 EOS, VOCABULARY, T = 7, 300, 29
@@ -293,3 +294,14 @@ def test_the_released_size_is_the_preset(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert Released(tmp_path).memory == qwen4_exp()
+
+
+def test_a_table_in_many_shards_costs_one_look_at_each_files_header(released, monkeypatch):
+    _, (regions,) = released.parts(1)
+    assert len(regions) > 1 and len({region.path for region in regions}) == 1
+    looks, read = [], released_module.read_header
+    monkeypatch.setattr(
+        released_module, "read_header", lambda path: looks.append(path) or read(path)
+    )
+    released.parts(1)
+    assert looks == [regions[0].path]

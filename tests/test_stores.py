@@ -20,9 +20,10 @@ from stores import (
 from engram_lm.errors import AddressError, ConfigError, DataError
 from engram_lm.memory.rows import RowFormat
 from engram_lm.memory.table import Table
-from engram_lm.store.cache import PROBATION, WAYS, Cache
+from engram_lm.store.cache import Cache
 from engram_lm.store.overlay import Overlay
 from engram_lm.store.resident import Resident
+from engram_lm.store.sets import PROBATION, WAYS
 
 SMALL = RowFormat(dtype=torch.float32, dim=4)
 
@@ -197,19 +198,19 @@ def test_a_cache_as_large_as_the_table_keeps_it_all():
 def test_a_cache_keeps_to_its_budget_and_drops_what_was_used_longest_ago(budget):
     bytes_VR = content(SMALL, 5000)
     cache = Cache(Watched(bytes_VR, SMALL), budget)
-    kept = cache._bytes.nbytes + cache._tags_SW.nbytes + cache._used_SW.nbytes
+    kept = cache._sets.bytes_PR.nbytes + cache._sets.tags_SW.nbytes + cache._sets.used_SW.nbytes
     assert budget - 32 * WAYS < kept <= budget
-    same_set = torch.arange(WAYS + 4) * cache.sets
+    same_set = torch.arange(WAYS + 4) * cache._sets.count
     for row in same_set.tolist():
         cache.gather(torch.tensor([0, row]))  # row 0 is used all the time
-    _, hit = cache._find(same_set.numpy())
+    hit = cache._sets.here(same_set.numpy())
     assert hit.tolist() == [True] + [False] * 4 + [True] * (WAYS - 1)
 
 
 def test_rows_found_again_outlive_a_flood_of_new_ones_but_not_others_found_again():
     slower = Watched(content(SMALL, 5000), SMALL)
     cache = Cache(slower, 32 * WAYS)
-    assert cache.sets == 1
+    assert cache._sets.count == 1
     first, second, new = torch.arange(0, 12), torch.arange(100, 112), torch.arange(200, 400)
     assert len(first) == WAYS - PROBATION
 
@@ -238,11 +239,11 @@ def test_rows_found_again_outlive_a_flood_of_new_ones_but_not_others_found_again
 def test_more_new_rows_than_a_set_holds_are_answered_and_partly_kept():
     bytes_VR = content(SMALL, 5000)
     cache = Cache(Watched(bytes_VR, SMALL), 32 * 16 * 4)
-    rows_M = torch.arange(0, 5000, cache.sets)
+    rows_M = torch.arange(0, 5000, cache._sets.count)
     for _ in range(3):
         assert torch.equal(cache.gather(rows_M), bytes_VR[rows_M])
     assert cache.hits > 0
-    tags = cache._tags_SW[cache._tags_SW >= 0]
+    tags = cache._sets.tags_SW[cache._sets.tags_SW >= 0]
     assert len(set(tags.tolist())) == len(tags) <= WAYS
 
 

@@ -24,7 +24,7 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.rows import RowFormat, RowStore
 from engram_lm.store.disk import Disk
-from engram_lm.store.header import Entry, read_header
+from engram_lm.store.header import Entry, Header, read_header
 from engram_lm.store.region import Region
 from engram_lm.store.resident import Resident
 from engram_lm.store.weights import INDEX, weight_files
@@ -205,10 +205,13 @@ class Released:
         """Where matrices that stand one below the other are, and the first one's entry."""
         regions: list[Region] = []
         entries: list[Entry] = []
+        headers: dict[Path, Header] = {}  # a table may be a thousand shards in a few files
         for suffix in suffixes:
             name = self._name(suffix)
             path = self._files[name]
-            entry = read_header(path).tensors.get(name)
+            if path not in headers:
+                headers[path] = read_header(path)
+            entry = headers[path].tensors.get(name)
             if entry is None:
                 raise DataError(f"{path}: no tensor {name}, which {INDEX} promises there")
             if len(entry.shape) != 2:

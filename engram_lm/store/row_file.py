@@ -6,17 +6,21 @@ rows arrive in the consumer's buffer, and the page cache keeps no 4 KiB for a ro
 32,768 random rows each takes 9.7 us of CPU time; with 32 threads of preadv it is 32.6, and 38.4 on
 a file opened with O_DIRECT, at fewer rows a second (results/disk_reads.json, from
 benchmarks/disk_reads.py). A mapping takes less CPU time still, 7.0 us, but keeps its pages, and
-where a file is cut or a disk fails it ends the process with a signal.
+where a file is cut or a disk fails it ends the process with a signal. Where numba is installed, one
+compiled call does it (row_file_numba.py).
 
 Shapes: K rows of one file, ascending, W bytes each.
 """
 
 import errno
+import functools
 import mmap
 import os
 import stat
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -81,12 +85,33 @@ class RowFile:
             self.close()
             raise
         self._stamp = _stamp(state)
+        _compiled()  # now, and not when the first row is wanted
 
     def read_rows(self, offset_K: NDArray[np.int64], bytes_KW: NDArray[np.uint8]) -> int:
         """Fills bytes_KW (C order) with the rows at these ascending offsets.
 
         Returns the bytes of all pages that they lie on, which is what a disk reads for them.
         """
+        done = pages = 0
+        if (compiled := _compiled()) is not None:
+            done, pages = compiled.read_rows(self._descriptor, offset_K, bytes_KW)
+        if done < len(offset_K):  # also what a compiled read could not get: it has one try
+            pages += self._read_plainly(offset_K[done:], bytes_KW[done:])
+        if _stamp(os.fstat(self._descriptor)) != self._stamp:
+            raise DataError(f"{self.path}: it was changed after it had been opened")
+        return pages
+
+    def hint(self, offset_K: NDArray[np.int64], width: int) -> None:
+        """Starts reading the pages of rows at these ascending offsets, and waits for none unless
+        the disk's queue is full."""
+        extents = Extents.of(offset_K, width)
+        self._ask(extents, 0, -(-len(extents.offsets) // WINDOW))
+
+    def close(self) -> None:
+        """Nobody may be reading any more."""
+        os.close(self._descriptor)
+
+    def _read_plainly(self, offset_K: NDArray[np.int64], bytes_KW: NDArray[np.uint8]) -> int:
         width = bytes_KW.shape[1]
         view = bytes_KW.reshape(-1).data
         extents = Extents.of(offset_K, width)
@@ -110,19 +135,7 @@ class RowFile:
                 self._read(view[begin:end], offset)
             self._hand_back(extents, window)
             done = stop
-        if _stamp(os.fstat(self._descriptor)) != self._stamp:
-            raise DataError(f"{self.path}: it was changed after it had been opened")
         return sum(extents.sizes)
-
-    def hint(self, offset_K: NDArray[np.int64], width: int) -> None:
-        """Starts reading the pages of rows at these ascending offsets, and waits for none unless
-        the disk's queue is full."""
-        extents = Extents.of(offset_K, width)
-        self._ask(extents, 0, -(-len(extents.offsets) // WINDOW))
-
-    def close(self) -> None:
-        """Nobody may be reading any more."""
-        os.close(self._descriptor)
 
     def _ask(self, extents: Extents, window: int, windows: int = 1) -> None:
         if ADVICE:
@@ -152,6 +165,15 @@ class RowFile:
                     "truncated after it had been opened"
                 )
             view, offset = view[count:], offset + count
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    if not ADVICE or find_spec("numba") is None:
+        return None
+    from engram_lm.store import row_file_numba
+
+    return row_file_numba
 
 
 def _stamp(state: os.stat_result) -> tuple[int, int]:
