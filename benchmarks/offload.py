@@ -7,12 +7,14 @@ with 24 rows of 264 bytes each for every token (DeepSeek-V4.1's), a table of 12 
 (memory off), `ram` (the table in memory), `cached` (a budget of a quarter of the table over the
 disk, warm: it has seen other text of the same corpus), `disk` (no cache, always cold: pages are
 handed back), `sync` (the same, read when a layer wants them). Text is unique English prose, never
-repeated; every arm gets text of its own. Steps are taken in turn. The arms on disk run in a process
-of their own, inside a memory cgroup of what that process took without memory, plus the budget, plus
-64 MiB: the page cache counts. Needs root for the cgroup, 14 GB of disk and 20 GB of memory.
+repeated; every arm gets text of its own. Every round takes a step of each arm, in an order drawn
+anew. The arms on disk run in a process of their own, inside a memory cgroup of what that process
+took without rows (as many texts going on), plus the budget, plus 64 MiB: the page cache counts.
+Needs root for the cgroup, 14 GB of disk and 20 GB of memory.
 
 Ceilings, measured in the same run: `none` for all, the disk's rate of random rows for arms that
-read. Writes results/offload.json and the figure beside it; the last line printed is the summary.
+read. `none_there`, memory off in the process on disk, tells the two processes apart. Writes
+results/offload.json and the figure beside it; the last line printed is the summary.
 """
 
 import argparse
@@ -56,10 +58,12 @@ FORMAT = RowFormat(dtype=torch.float8_e4m3fn, dim=256, scale_group=32)
 BACKBONES = {"0.3B": (1024, 3328, 16), "1.2B": (2048, 5888, 32)}
 """Width, width of the FFN, heads; 24 layers."""
 LAYERS = 24
-HERE, THERE = ["ram"], ["cached", "disk", "sync"]
+HERE, THERE = ["ram"], ["cached", "disk", "sync", "none_there"]
 ARMS = ["none", *HERE, *THERE]
-BATCHES = {1: (40, 10, 256), 4: (16, 4, 256), 16: (6, 2, 128)}
+BATCHES = {1: (150, 24, 256), 4: (50, 6, 256), 16: (24, 4, 128)}
 """Sequences -> steps of decoding and prompts that are measured of each arm, tokens of a prompt."""
+PAUSE = 0.02
+"""Seconds before a step, in which the threads of the other process stop waiting for work."""
 BEFORE = 64
 """Tokens before the first that is decoded."""
 SLACK = 64 * 2**20
@@ -219,9 +223,12 @@ def workers(directory: Path, tables: Path, budget: int) -> Iterator[tuple[Any, d
             pipe.send(request)
             return pipe.recv()
 
-        # What the process takes without rows: its largest prompt, and a few steps.
+        # What the process takes without rows: its largest prompt, and a text going on in each arm.
         largest = torch.randint(2, 8192, max((batch, each[2]) for batch, each in BATCHES.items()))
+        for arm in THERE:
+            ask(arm, "step", arm, largest[:, :BEFORE], True)
         ask("disk", "step", "none", largest, False)
+        ask("disk", "forget")
         # Pages of its weights that others read first are theirs, and are no slack for it.
         without = int((group / "memory.max_usage_in_bytes").read_text())
         limit = without + budget + SLACK
@@ -245,15 +252,16 @@ def workers(directory: Path, tables: Path, budget: int) -> Iterator[tuple[Any, d
 def cell(
     ask: Any, text: Text, shape: tuple[int, int], steps: int, title: str
 ) -> dict[str, dict[str, list[Any]]]:
-    """What each step took, for every arm, taken in turn; the first of each does not count."""
+    """What each step took, round by round, for every arm; the first round does not count."""
     measured: dict[str, dict[str, list[Any]]] = {arm: defaultdict(list) for arm in ARMS}
+    random = np.random.default_rng(0)
     batch, keep = shape[0], shape[1] == 1
     if keep:
         for arm in ARMS:
             ask(arm, "step", arm, text.take(batch, BEFORE), True)
     for step in track(range(steps + 1), f"{title} of {batch}"):
-        for turn in range(len(ARMS)):
-            arm = ARMS[(step + turn) % len(ARMS)]
+        for arm in random.permutation(ARMS).tolist():
+            time.sleep(PAUSE)
             took = ask(arm, "step", arm, text.take(*shape), keep)
             if step:
                 for name, value in took.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -22,15 +23,19 @@ ARMS = {
 }
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
 
+PAIRS = [(arm, "none") for arm in ARMS] + [(arm, "ram") for arm in ARMS if arm != "ram"]
+
 Cells = dict[str, dict[str, list[Any]]]
 
 
-def ratios(cells: Cells, key: str) -> dict[str, float]:
-    """Of one backbone, phase and batch: throughput of each arm over that without memory, and over
-    that in memory; medians over steps."""
-    seconds = {arm: statistics.median(cells[f"{key}/{arm}"]["seconds"]) for arm in ("none", *ARMS)}
-    over = [("none", arm) for arm in ARMS] + [("ram", arm) for arm in ARMS if arm != "ram"]
-    return {f"{arm}_over_{other}": seconds[other] / seconds[arm] for other, arm in over}
+def ratio(cells: Cells, key: str, arm: str, other: str) -> tuple[float, float, float]:
+    """Throughput of an arm over another's: the median over rounds, and its 95 % interval drawn from
+    rounds with replacement."""
+    taken = [np.array(cells[f"{key}/{each}"]["seconds"]) for each in (other, arm)]
+    rounds_N = taken[0] / taken[1]
+    drawn_DN = np.random.default_rng(0).choice(rounds_N, (2000, len(rounds_N)))
+    low, high = np.quantile(np.median(drawn_DN, axis=1), [0.025, 0.975])
+    return float(np.median(rounds_N)), float(low), float(high)
 
 
 def disk_bound(cells: Cells, facts: dict[str, Any], key: str, arm: str) -> float:
@@ -54,15 +59,18 @@ def summarize(cells: Cells, facts: dict[str, Any]) -> dict[str, float]:
             each = cells[f"{key}/{arm}"]
             speed = each["tokens"][0] / statistics.median(each["seconds"])
             summary[f"{name}_{arm}_tokens_per_second"] = speed
-        for ratio, value in ratios(cells, key).items():
-            summary[f"{name}_{ratio}"] = value
+        for arm, other in (*PAIRS, ("none_there", "none")):
+            found = ratio(cells, key, arm, other)
+            for part, value in zip(("", "_low", "_high"), found, strict=True):
+                summary[f"{name}_{arm}_over_{other}{part}"] = value
         for arm in ("cached", "disk"):
             each = cells[f"{key}/{arm}"]
             summary[f"{name}_{arm}_bound"] = disk_bound(cells, facts, key, arm)
             summary[f"{name}_{arm}_wait_ms"] = 1e3 * statistics.median(each["waited"])
             summary[f"{name}_{arm}_miss_share"] = sum(each["missed"]) / sum(each["asked"])
-            extra = sum(each["cpu_seconds"]) - sum(cells[f"{key}/ram"]["cpu_seconds"])
-            summary[f"{name}_{arm}_cpu_us_per_row_read"] = 1e6 * extra / max(1, sum(each["missed"]))
+            reading, asked = 1e6 * sum(each["reader_cpu_seconds"]), sum(each["asked"])
+            summary[f"{name}_{arm}_cpu_us_per_row"] = reading / asked
+            summary[f"{name}_{arm}_cpu_us_per_row_read"] = reading / max(1, sum(each["missed"]))
             summary[f"{name}_{arm}_bytes_read"] = statistics.median(each["bytes_read"])
     for backbone, each in facts.items():
         if isinstance(each, dict) and "limit" in each:
@@ -85,15 +93,17 @@ def draw(cells: Cells, facts: dict[str, Any], record: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         batches = [key for key in keys(cells) if key.startswith(f"{panel}/")]
         for place, key in enumerate(batches):
-            found = ratios(cells, key)
             for offset, (arm, (colour, label)) in enumerate(ARMS.items()):
                 x = place + 0.2 * (offset - 1.5)
-                height = found[f"{arm}_over_none"]
+                height, low, high = ratio(cells, key, arm, "none")
                 axis.bar(x, height, 0.18, color=colour, label=None if place else label)
-                text = "" if arm == "ram" else f"{found[f'{arm}_over_ram']:.2f}"
-                axis.text(x, height + 0.01, text, ha="center", va="bottom", fontsize=6)
+                axis.vlines(x, low, high, color="#777777", lw=0.8)
+                if arm != "ram":
+                    text = f"{ratio(cells, key, arm, 'ram')[0]:.2f}"
+                    axis.text(x, 0.02, text, ha="center", fontsize=6, color="white", rotation=90)
                 if arm in ("cached", "disk"):
-                    bound = disk_bound(cells, facts, key, arm) * found["ram_over_none"]
+                    in_memory = ratio(cells, key, "ram", "none")[0]
+                    bound = disk_bound(cells, facts, key, arm) * in_memory
                     axis.hlines(bound, x - 0.1, x + 0.1, color="black", lw=1.2)
         axis.set_title(panel.replace("/", ", "), fontsize=9)
         axis.set_xticks(range(len(batches)), [key.rpartition("/b")[2] for key in batches])
@@ -101,7 +111,7 @@ def draw(cells: Cells, facts: dict[str, Any], record: Path) -> None:
         axis.axhline(1, color="#999999", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("tokens/s, of those without memory")
-    axes[0][0].set_ylim(0, 1.15)
+    axes[0][0].set_ylim(bottom=0)
     handles, labels = axes[0][0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="black", lw=1.2))
     labels.append("bound by the disk's rows/s")

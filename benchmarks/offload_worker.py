@@ -43,7 +43,7 @@ class Worker:
             self.model = EngramLMForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
         self.model.eval()
         self.directory, self.tables, self.budget = directory, tables, budget
-        self.rows: dict[str, Any] = {"none": None}
+        self.rows: dict[str, Any] = dict.fromkeys(["none", *arms])
         self.caches: dict[str, DynamicCache] = {}
         self.begins: list[float] = []
         self.arms = arms
@@ -56,7 +56,7 @@ class Worker:
         Pending.wait = noted  # type: ignore
 
     def open(self) -> None:
-        """After `none` has shown what the process takes without rows."""
+        """After the arms have shown what the process takes without rows."""
         sources = [open_sources(file)[0] for file in sorted(self.tables.glob("*.safetensors"))]
         for arm in self.arms:
             stores: dict[int, RowStore] = {}
@@ -126,6 +126,7 @@ class Worker:
             return {}
         metrics = served.metrics().values()
         return {
+            "reader_cpu_seconds": _thread_seconds(served),
             "asked": sum(each.asked for each in metrics),
             "unique": sum(each.unique for each in metrics),
             "missed": sum(each.tiers[-1].hits for each in metrics),
@@ -141,6 +142,13 @@ def _bytes_read() -> int:
     """By this process, from devices."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["read_bytes"])
+
+
+def _thread_seconds(served: ServedTables) -> float:
+    """CPU time of the thread that reads."""
+    (thread,) = served._thread._threads
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def _cpu_seconds() -> float:
