@@ -9,8 +9,8 @@ disk, warm: it has seen other text of the same corpus), `disk` (no cache, always
 handed back), `sync` (the same, read when a layer wants them). Text is unique English prose, never
 repeated; every arm gets text of its own. Every round takes a step of each arm, in an order drawn
 anew. The arms on disk run in a process of their own, inside a memory cgroup of what that process
-took without rows (as many texts going on), plus the budget, plus 64 MiB: the page cache counts.
-Needs root for the cgroup, 14 GB of disk and 20 GB of memory.
+took with rows of ones and as many texts going on, plus the budget, plus 64 MiB: the page cache
+counts. Needs root for the cgroup, 14 GB of disk and 20 GB of memory.
 
 Ceilings, measured in the same run: `none` for all, the disk's rate of random rows for arms that
 read. `none_there`, memory off in the process on disk, tells the two processes apart. Writes
@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import offload_worker
 import torch
-from offload_figure import draw, summarize
+from offload_figure import draw, ratio, summarize
 from rich.progress import track
 from torch import Tensor
 
@@ -60,7 +60,7 @@ BACKBONES = {"0.3B": (1024, 3328, 16), "1.2B": (2048, 5888, 32)}
 LAYERS = 24
 HERE, THERE = ["ram"], ["cached", "disk", "sync", "none_there"]
 ARMS = ["none", *HERE, *THERE]
-BATCHES = {1: (150, 24, 256), 4: (50, 6, 256), 16: (24, 4, 128)}
+BATCHES = {1: (100, 16, 256), 4: (40, 5, 256), 16: (20, 3, 128)}
 """Sequences -> steps of decoding and prompts that are measured of each arm, tokens of a prompt."""
 PAUSE = 0.02
 """Seconds before a step, in which the threads of the other process stop waiting for work."""
@@ -203,6 +203,8 @@ def workers(directory: Path, tables: Path, budget: int) -> Iterator[tuple[Any, d
     """Two processes, one of them in a cgroup; a function that asks the one that has the arm."""
     group = CGROUPS / f"engram-offload-{os.getpid()}"
     group.mkdir()
+    # glibc gives a thread a heap of its own, and what one has freed the other does not get.
+    os.environ["MALLOC_ARENA_MAX"] = "1"
     spawn = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     try:
@@ -223,11 +225,14 @@ def workers(directory: Path, tables: Path, budget: int) -> Iterator[tuple[Any, d
             pipe.send(request)
             return pipe.recv()
 
-        # What the process takes without rows: its largest prompt, and a text going on in each arm.
-        largest = torch.randint(2, 8192, max((batch, each[2]) for batch, each in BATCHES.items()))
-        for arm in THERE:
-            ask(arm, "step", arm, largest[:, :BEFORE], True)
-        ask("disk", "step", "none", largest, False)
+        # What the process takes with rows of ones: its largest prompt, and in each arm texts as
+        # many and as long as there will be.
+        batch, (steps, _, prompt) = max(BATCHES.items())
+        largest = torch.randint(2, 8192, (batch, prompt))
+        for tokens in (BEFORE + steps, 1, 1, 1):
+            for arm in THERE:
+                ask(arm, "step", arm, largest[:, :tokens], True)
+        ask("disk", "step", "disk", largest, False)
         ask("disk", "forget")
         # Pages of its weights that others read first are theirs, and are no slack for it.
         without = int((group / "memory.max_usage_in_bytes").read_text())
@@ -303,8 +308,12 @@ def main() -> None:
                         count = max(2, int(count * arguments.share))
                         phase = "decode" if tokens == 1 else "prefill"
                         measured = cell(ask, text, (batch, tokens), count, f"{backbone} {phase}")
+                        key = f"{backbone}/{phase}/b{batch}"
                         for arm, each in measured.items():
-                            cells[f"{backbone}/{phase}/b{batch}/{arm}"] = each
+                            cells[f"{key}/{arm}"] = each
+                        for arm in THERE[:-1]:
+                            found = ratio(cells, key, arm, "ram")
+                            print(f"  {arm} {found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})")
 
     summary = summarize(cells, facts)
     record.write(summary, {"cells": cells, "facts": facts}, seeds=[0])

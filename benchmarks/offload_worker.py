@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from engram_lm.memory.lookup import Pending
-from engram_lm.memory.rows import RowStore
+from engram_lm.memory.rows import RowFormat, RowStore
 from engram_lm.memory.served import ServedTables
 from engram_lm.model import serve
 from engram_lm.model.modeling import EngramLMForCausalLM
@@ -35,6 +36,22 @@ class Synchronous(Disk):
         """Ignored."""
 
 
+class Ones:
+    """A table that takes no memory: what a model takes beside its rows and the reading of them."""
+
+    def __init__(self, format: RowFormat) -> None:
+        self.format = format
+
+    def start(self, rows_M: Tensor) -> "Ones":
+        """Values are there from the start, as those of all layers are when they are read early."""
+        self.values_ME = torch.ones(len(rows_M), self.format.dim, dtype=self.format.value_dtype)
+        return self
+
+    def wait(self) -> Tensor:
+        """(M, E)."""
+        return self.values_ME
+
+
 class Worker:
     """A model, and for each arm what its layers read from."""
 
@@ -43,7 +60,10 @@ class Worker:
             self.model = EngramLMForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
         self.model.eval()
         self.directory, self.tables, self.budget = directory, tables, budget
-        self.rows: dict[str, Any] = dict.fromkeys(["none", *arms])
+        sources = [open_sources(file)[0] for file in sorted(tables.glob("*.safetensors"))]
+        ones = {source.layer: Ones(source.format) for source in sources}
+        self.rows: dict[str, Any] = dict.fromkeys(arms, SimpleNamespace(layers=ones))
+        self.rows["none"] = self.rows["none_there"] = None
         self.caches: dict[str, DynamicCache] = {}
         self.begins: list[float] = []
         self.arms = arms
@@ -56,7 +76,7 @@ class Worker:
         Pending.wait = noted  # type: ignore
 
     def open(self) -> None:
-        """After the arms have shown what the process takes without rows."""
+        """Gives the arms their rows, after they have shown what the process takes without."""
         sources = [open_sources(file)[0] for file in sorted(self.tables.glob("*.safetensors"))]
         for arm in self.arms:
             stores: dict[int, RowStore] = {}
@@ -165,6 +185,8 @@ def main(
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_flush_denormal(True)
     keep_freed_memory()
+    for module in ("memory.rows_numba", "store.row_file_numba", "store.sets_numba"):
+        import_module(f"engram_lm.{module}")
     worker = Worker(directory, tables, budget, arms)
     pipe.send("ready")
     while (request := pipe.recv()) is not None:

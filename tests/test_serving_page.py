@@ -50,3 +50,11 @@ def test_the_default_finds_more_than_lru_wherever_it_was_replayed():
     ]
     assert len(pairs) == 17
     assert all(now > before for now, before in pairs)
+
+
+def test_what_the_page_says_of_pinned_rows_is_that_of_the_result():
+    for text, words in (("book", "of the\n  book"), ("wordnet", "of WordNet's prose")):
+        pinned, default = (
+            HITS[f"{text}_decode_{policy}_3_all"] for policy in ("pinned_half", "segmented_16_ways")
+        )
+        assert f"{words} {pinned:.3f} against {default:.3f}" in PAGE

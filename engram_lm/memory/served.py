@@ -20,7 +20,7 @@ from engram_lm.memory.table import Merged
 WAITS_KEPT = 4096
 """The last ones, of which quantiles are taken."""
 ROWS_AT_ONCE = 16_384
-"""Rows read and decoded together: bounds what a long prompt takes beside the values asked for."""
+"""Rows read, decoded and given out together: bounds what a long prompt takes beside its values."""
 
 
 class Served(RowStore):
@@ -99,8 +99,9 @@ class Served(RowStore):
             last = int(merged.first_U[stop]) if stop < rows else requests
             bytes_KR = self.store.gather(merged.rows_U[start:stop]).cpu()
             values_KB = self.format.decode(bytes_KR).contiguous().view(torch.uint8).numpy()
-            asked = merged.order_M[first:last].numpy()
-            into_MB[asked] = values_KB[place_M[asked] - start]
+            for begin in range(first, last, ROWS_AT_ONCE):
+                asked = merged.order_M[begin : min(begin + ROWS_AT_ONCE, last)].numpy()
+                into_MB[asked] = values_KB[place_M[asked] - start]
         return _Gathered(values_ME, len(merged.rows_U))
 
     def _waited(self, gathered: "_Gathered", seconds: float) -> None:
