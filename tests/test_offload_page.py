@@ -59,3 +59,14 @@ def test_what_is_said_of_the_aim_is_that_of_the_result():
             key = f"{backbone}_decode_b1_{name}"
             low, high = MEASURED[f"{key}_low"], MEASURED[f"{key}_high"]
             assert f"{MEASURED[key]:.2f} ({low:.2f}–{high:.2f})" in said
+
+
+def test_the_readme_quotes_the_results():
+    gathered = json.loads((ROOT / "results" / "gather.json").read_text())["summary"]
+    small, large = (MEASURED[f"{each}_decode_b1_cached_over_ram"] for each in ("0_3B", "1_2B"))
+    readme = (ROOT / "README.md").read_text()
+    assert f"{small:.2f} (0.3B) and {large:.2f} (1.2B)" in readme
+    assert f"{gathered['cold_disk_over_fio']:.2f}x fio's rate" in readme
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert f"{gathered['cold_disk_over_fio']:.2f}x as many rows" in page
+    assert f"{gathered['cold_disk_over_fetch']:.1f}x as many as `Store.fetch`" in page
