@@ -12,6 +12,7 @@ import torch
 
 from engram_lm.analysis.bands import BANDS, bands, count_ngrams, loss_by_band
 from engram_lm.analysis.compare import PROMPTS, SENTENCES, Arm, compare
+from engram_lm.analysis.from_disk import from_disk
 from engram_lm.analysis.gates import cut, gate_trace
 from engram_lm.analysis.report import verdict, write_report
 from engram_lm.analysis.results import DemoResults, TrainingLog
@@ -273,6 +274,15 @@ def test_a_model_from_disk_gives_the_same_logits_and_says_what_it_took(results):
     assert disk.table_bytes > 2 * 4 * 50 * 8 * 4 and disk.budget_bytes == disk.table_bytes // 4
     assert 0 < disk.hits < disk.rows_asked < disk.tokens * 2 * 4
     assert disk.bytes_read >= 4096 and disk.wait_ms > 0
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_model_from_disk_computes_with_the_same_kernels(canonical, attention):
+    model = build(canonical, 1)
+    model.set_attn_implementation(attention)
+    model.set_experts_implementation("eager" if attention == "eager" else "grouped_mm")
+    ids = corpus.tokens("validation", 2_000, seed=1).ids
+    assert from_disk(model, ids, context=64, batch=8, autocast=torch.bfloat16).equal_logits
 
 
 def test_logits_that_differ_are_told(results, tmp_path):

@@ -64,8 +64,14 @@ def from_disk(
     equal = True
     with tempfile.TemporaryDirectory() as directory, inference(model):
         model.save_pretrained(directory)
+        # Kernels are no part of a saved model, and others round otherwise.
         served = EngramLMForCausalLM.from_pretrained(
-            directory, dtype=model.dtype, memory="disk", memory_budget=budget
+            directory,
+            dtype=model.dtype,
+            memory="disk",
+            memory_budget=budget,
+            attn_implementation=model.config._attn_implementation,
+            experts_implementation=model.config._experts_implementation,
         ).to(model.device)
         tables_on_disk = served.model.served
         for number in [0, *range(passes)]:
