@@ -12,6 +12,7 @@ from engram_lm.auto import announce
 _HOMES = {
     "AddressError": "engram_lm.errors",
     "Addresses": "engram_lm.memory.ngrams",
+    "AttachedForCausalLM": "engram_lm.model",
     "Cache": "engram_lm.store.cache",
     "CanonicalMap": "engram_lm.memory.canonical",
     "CompiledAddresses": "engram_lm.memory.ngrams_numba",
@@ -41,6 +42,8 @@ _HOMES = {
     "Table": "engram_lm.memory.table",
     "WorkerError": "engram_lm.errors",
     "Workers": "engram_lm.train.workers",
+    "attach": "engram_lm.model.attach",
+    "detach": "engram_lm.model.attach",
     "give_memory": "engram_lm.model.surgery",
     "ledger": "engram_lm.model.budget",
     "param_groups": "engram_lm.train.joint_optimizer",

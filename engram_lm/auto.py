@@ -1,9 +1,9 @@
 """What `import engram_lm` does for transformers: its Auto classes know a config.json of ours.
 
-One entry in transformers' table of configurations, made when that table is, whichever of the two
+Entries in transformers' table of configurations, made when that table is, whichever of the two
 packages is imported first. Importing the models at once would be simpler, but it takes 5 seconds
 that `engram rows` and memories under other people's models need not wait; transformers has no entry
-points. The entry is a stand-in that imports the models, and so registers the real classes, when a
+points. An entry is a stand-in that imports the models, and so registers the real classes, when a
 model is opened.
 """
 
@@ -14,12 +14,13 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
 
-MODEL_TYPE = "engram_lm"
+CONFIGURATIONS = {"engram_lm": "EngramLMConfig", "engram_attached": "AttachedConfig"}
+"""model_type -> class in engram_lm.model."""
 _TABLE = "transformers.models.auto.configuration_auto"
 
 
 def announce() -> None:
-    """Adds the entry now if transformers has its table already, or else when it makes it."""
+    """Adds the entries now if transformers has its table already, or else when it makes it."""
     if _TABLE in sys.modules:
         _register(sys.modules[_TABLE])
     else:
@@ -27,7 +28,7 @@ def announce() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Waits for one import, adds the entry after it, and is gone."""
+    """Waits for one import, adds the entries after it, and is gone."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != _TABLE:
@@ -47,18 +48,22 @@ class _Watcher(MetaPathFinder):
 
 
 class _StandIn:
-    """EngramLMConfig, imported when something is first asked of it.
+    """A configuration's class, imported when something is first asked of it.
 
     It must not be imported as the table is made: transformers may be half imported at that time.
     """
 
+    def __init__(self, kind: str) -> None:
+        self.__dict__["_kind"] = kind
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module("engram_lm.model").EngramLMConfig, name)
+        return getattr(getattr(import_module("engram_lm.model"), self._kind), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return import_module("engram_lm.model").EngramLMConfig(*args, **kwargs)
+        return getattr(import_module("engram_lm.model"), self._kind)(*args, **kwargs)
 
 
 def _register(table: Any) -> None:
-    if MODEL_TYPE not in table.CONFIG_MAPPING:
-        table.CONFIG_MAPPING.register(MODEL_TYPE, _StandIn())
+    for model_type, kind in CONFIGURATIONS.items():
+        if model_type not in table.CONFIG_MAPPING:
+            table.CONFIG_MAPPING.register(model_type, _StandIn(kind))

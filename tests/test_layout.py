@@ -14,10 +14,10 @@ PACKAGE = Path(engram_lm.__file__).parent
 FLOORS = {
     "errors": 0,
     "memory": 1,
+    "auto": 1,
     "config": 1,
     "store": 2,
     "model": 3,
-    "auto": 4,
     "evaluate": 4,
     "simulate": 4,
     "train": 5,

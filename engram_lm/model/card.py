@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -17,7 +18,7 @@ _TRANSFORMERS = (
 )
 
 
-def write(config: EngramLMConfig, directory: Path) -> None:
+def write(config: Any, directory: Path) -> None:
     """Writes the card, unless there is one that a person has made their own."""
     path = directory / FILE_NAME
     if not path.exists() or MARK in path.read_text() or _is_empty(path.read_text()):
@@ -34,9 +35,15 @@ def _is_empty(text: str) -> bool:
     return ModelCard(text).text.split() == template.text.split()
 
 
-def card(config: EngramLMConfig) -> str:
-    """Markdown, with the front matter that the Hugging Face hub reads."""
+def card(config: Any) -> str:
+    """Markdown, with the front matter that the Hugging Face hub reads.
+
+    config: an EngramLMConfig, or another family's with a memory.
+    """
+    own = isinstance(config, EngramLMConfig)
     kind = "A mixture-of-experts language model" if config.memory is None else "A language model"
+    if not own:
+        kind = f"A {config.model_type} model"
     if config.memory is not None:
         kind += " with conditional memory ([Engram](https://arxiv.org/abs/2601.07372))"
     tags = ["engram-lm", *(["engram", "conditional-memory"] if config.memory is not None else [])]
@@ -48,7 +55,7 @@ tags:
 {chr(10).join(f"- {tag}" for tag in tags)}
 ---
 {MARK}
-# engram_lm
+# {"engram_lm" if own else "engram_attached"}
 
 {kind}, made with engram-lm.
 
@@ -68,32 +75,34 @@ Without `import engram_lm` the call needs `trust_remote_code=True`, and the pack
 {_tokenizer(config)}"""
 
 
-def _facts(config: EngramLMConfig) -> dict[str, str]:
-    counted = ledger(config)
-    facts = {
-        "layers": f"{config.num_hidden_layers} of width {config.hidden_size}",
-        "residual streams": f"{config.streams}",
-        "parameters": f"{counted.parameters:,}",
-        "active per token": f"{counted.p_act:,}, token embedding and head not counted",
-    }
+def _facts(config: Any) -> dict[str, str]:
+    facts = {"layers": f"{config.num_hidden_layers} of width {config.hidden_size}"}
+    counted = ledger(config) if isinstance(config, EngramLMConfig) else None
+    if counted is not None:
+        facts |= {
+            "residual streams": f"{config.streams}",
+            "parameters": f"{counted.parameters:,}",
+            "active per token": f"{counted.p_act:,}, token embedding and head not counted",
+        }
     if memory := config.memory_config:
         specification = memory.specification
         asked = ", ".join(f"{rows:,}" for rows in specification.rows_per_head)
+        rows = sum(specification.table_rows(layer) for layer in specification.layers)
         facts |= {
             "memory layers": f"{', '.join(map(str, specification.layers))}, counted from 0",
             "n-gram orders": f"2 to {specification.max_order}",
             "heads": f"{specification.heads} per order",
             "rows per head": f"the next primes from {asked} on, order by order",
             "values per row": f"{memory.head_dim}",
-            "parameters in tables": f"{counted.tables:,}",
+            "parameters in tables": f"{rows * memory.head_dim:,}",
             "specification": f"sha256 `{specification.digest}`",
         }
-    if counted.rho is not None:
+    if counted is not None and counted.rho is not None:
         facts["sparse parameters in experts"] = f"{counted.rho:.1%}"
     return facts
 
 
-def _tokenizer(config: EngramLMConfig) -> str:
+def _tokenizer(config: Any) -> str:
     memory = config.memory_config
     if memory is None or memory.specification.vocabulary is None:
         return ""

@@ -83,7 +83,7 @@ class EngramLMConfig(DeepseekV3Config):
     @property
     def memory_config(self) -> MemoryConfig | None:
         """`memory` as an object."""
-        return None if self.memory is None else _memory_config(json.dumps(self.memory))
+        return None if self.memory is None else memory_config(self.memory)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -129,6 +129,11 @@ class EngramLMConfig(DeepseekV3Config):
                 f"memory layers {memory.specification.layers}: the model has layers 0 to "
                 f"{self.num_hidden_layers - 1} (zero-based)"
             )
+
+
+def memory_config(record: dict[str, Any]) -> MemoryConfig:
+    """A configuration's `memory` as an object, made once for the same values."""
+    return _memory_config(json.dumps(record))
 
 
 @lru_cache(maxsize=8)

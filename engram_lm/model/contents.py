@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig
 
+from engram_lm.auto import CONFIGURATIONS
 from engram_lm.errors import DataError, EngramError
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 from engram_lm.model import checksums
+from engram_lm.model.attached import CAUSAL_LMS, DECODERS
 from engram_lm.model.checksums import SPECIFICATION, Checked
-from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.directory import UNREADABLE, compare, first
-from engram_lm.model.modeling import EngramLMForCausalLM, EngramLMModel
 from engram_lm.model.seal import digest
 
-_CLASSES = {kind.__name__: kind for kind in (EngramLMForCausalLM, EngramLMModel)}
+_KINDS = (CAUSAL_LMS, DECODERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ def read(directory: Path) -> Contents:
     memory, tokenizer = None, "none"
     tensors = _tensors(directory, problems)
     with _noting(problems, "config.json"):
-        config = EngramLMConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory)
         model = _model(config, tensors, problems)
         memory = _memory(directory, config, tensors, problems)
         tokenizer = _tokenizer(directory, config, problems)
@@ -87,8 +88,9 @@ def _check_kind(directory: Path) -> None:
         kind = json.loads(path.read_text()).get("model_type")
     except (ValueError, AttributeError):
         return  # said in one line when the configuration is read
-    if kind != EngramLMConfig.model_type:
-        raise DataError(f"{directory}: a model of type {kind!r}, not {EngramLMConfig.model_type!r}")
+    if kind not in CONFIGURATIONS:
+        accepted = " or ".join(map(repr, CONFIGURATIONS))
+        raise DataError(f"{directory}: a model of type {kind!r}, not {accepted}")
 
 
 @contextmanager
@@ -136,12 +138,11 @@ def _header(path: Path) -> dict[str, _Tensor]:
         }
 
 
-def _model(
-    config: EngramLMConfig, tensors: dict[str, _Tensor], problems: list[str]
-) -> dict[str, Any]:
-    architecture = (config.architectures or ["EngramLMForCausalLM"])[0]
+def _model(config: Any, tensors: dict[str, _Tensor], problems: list[str]) -> dict[str, Any]:
+    kinds = {kind[type(config)].__name__: kind[type(config)] for kind in _KINDS}
+    architecture = (config.architectures or list(kinds))[0]
     with torch.device("meta"):
-        model = _CLASSES.get(architecture, EngramLMForCausalLM)(config)
+        model = kinds.get(architecture, _KINDS[0][type(config)])(config)
     tied = model.all_tied_weights_keys
     expected = {name: value for name, value in model.state_dict().items() if name not in tied}
     for name, value in expected.items():
@@ -165,14 +166,14 @@ def _model(
         "architecture": architecture,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "streams": config.streams,
+        "streams": getattr(config, "streams", 1),
         "parameters": sum(dtypes.values()),
         "dtypes": dtypes,
     }
 
 
 def _memory(
-    directory: Path, config: EngramLMConfig, tensors: dict[str, _Tensor], problems: list[str]
+    directory: Path, config: Any, tensors: dict[str, _Tensor], problems: list[str]
 ) -> dict[str, Any] | None:
     memory = config.memory_config
     if memory is None:
@@ -185,8 +186,8 @@ def _memory(
         problems.append(f"missing: {SPECIFICATION}")
     with _noting(problems, CANONICAL_MAP):
         specification.bind(CanonicalMap.load(directory / CANONICAL_MAP))
-    for name in ("seal.sha256", "model.seal.sha256"):
-        if name in tensors:
+    for name in tensors:
+        if name.split(".", 1)[-1] == "seal.sha256" or name == "seal.sha256":
             with _noting(problems, tensors[name].path.name):
                 _check_seal(tensors[name].path, name, specification)
     rows = {layer: specification.table_rows(layer) for layer in specification.layers}
@@ -211,7 +212,7 @@ def _check_seal(path: Path, name: str, specification: Specification) -> None:
         )
 
 
-def _tokenizer(directory: Path, config: EngramLMConfig, problems: list[str]) -> str:
+def _tokenizer(directory: Path, config: Any, problems: list[str]) -> str:
     path = directory / "tokenizer.json"
     if not path.exists():
         return "none"

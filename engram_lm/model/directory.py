@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
@@ -19,7 +20,6 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 from engram_lm.model import card, checksums
 from engram_lm.model.checksums import SPECIFICATION
-from engram_lm.model.config import EngramLMConfig
 
 UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError),
@@ -27,11 +27,11 @@ UNREADABLE = (
 )
 """What the readers of JSON, configurations and weights raise for damaged files."""
 
-_DECODER = ("embed_tokens", "layers", "norm", "hc_head", "tables", "seal")
-_HUB = (
+HUB = (
     *("cache_dir", "force_download", "local_files_only"),
     *("proxies", "revision", "subfolder", "token"),
 )
+"""Options that say where on the hub a file is."""
 
 
 def begin(model: Any, directory: Path) -> None:
@@ -81,10 +81,12 @@ def canonical_map(path: Any, tokenizer: Any, options: dict[str, Any]) -> Canonic
     Raises DataError if it is missing or damaged, MismatchError if config, specification, map and
     tokenizer (the one beside the weights, and `tokenizer`) are not of one model.
     """
-    hub = {name: options[name] for name in _HUB if name in options}
-    config = options.get("config")
-    if not isinstance(config, EngramLMConfig):
-        config = EngramLMConfig.from_pretrained(config or path, **hub)
+    hub = {name: options[name] for name in HUB if name in options}
+    config: Any = options.get("config")
+    if not hasattr(config, "memory_config"):
+        config = AutoConfig.from_pretrained(config or path, **hub)
+    if not hasattr(config, "memory_config"):
+        raise MismatchError(f"{path}: config.json is of a {config.model_type!r} without memory")
     memory = config.memory_config
     if memory is None:
         return None
@@ -116,13 +118,17 @@ def _beside(path: Any, name: str, hub: dict[str, Any]) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
 
 
-def check_loaded(path: Any, info: dict[str, Any], ignore_mismatched_sizes: bool) -> None:
+def check_loaded(
+    model: Any, path: Any, info: dict[str, Any], ignore_mismatched_sizes: bool
+) -> None:
     """MismatchError if the weights lack a part of the decoder, or hold one that it has not.
 
     transformers would draw new values for the one and drop the other. Heads are not our business.
     """
+    prefix = f"{model.base_model_prefix}."
+    parts = {"tables", "seal", *(name for name, _ in model.base_model.named_children())}
     for key, saved, wanted in sorted(info["mismatched_keys"]):
-        if _is_memory(key) or not ignore_mismatched_sizes:
+        if _is_memory(key.removeprefix(prefix)) or not ignore_mismatched_sizes:
             raise MismatchError(
                 f"{path}: {key} has shape {tuple(saved)} in the weights, {tuple(wanted)} by "
                 "config.json"
@@ -131,7 +137,7 @@ def check_loaded(path: Any, info: dict[str, Any], ignore_mismatched_sizes: bool)
         (info["missing_keys"], "the weights lack"),
         (info["unexpected_keys"], "config.json has no place for these weights:"),
     ):
-        decoder = [key for key in keys if _part(key) in _DECODER]
+        decoder = [key for key in keys if key.removeprefix(prefix).split(".")[0] in parts]
         if decoder:
             raise MismatchError(f"{path}: {words} {first(decoder)}")
 
@@ -142,9 +148,5 @@ def first(names: Collection[str]) -> str:
     return f"{min(names)}{more}"
 
 
-def _part(key: str) -> str:
-    return key.removeprefix("model.").split(".")[0]
-
-
 def _is_memory(key: str) -> bool:
-    return _part(key) in ("tables", "seal") or ".engram." in key
+    return key.split(".")[0] in ("tables", "seal") or ".engram." in key

@@ -43,8 +43,8 @@ class EngramLMGenerationMixin(GenerationMixin):
             )
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = model_kwargs.get("past_key_values")
-        if self.model.reads_memory and cache is not None:
-            state = decoding_state(cache, self.config.num_hidden_layers, self.model.keep)
+        if self.base_model.reads_memory and cache is not None:
+            state = decoding_state(cache, self.config.num_hidden_layers, self.base_model.keep)
             state.recording |= bool(generation_config.is_assistant)
         return prepared
 
@@ -52,8 +52,8 @@ class EngramLMGenerationMixin(GenerationMixin):
         """Beside the usual: of rows on disk, the next token's are asked for when it is sampled."""
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         one = (generation_config.num_beams or 1) == 1 and not generation_config.is_assistant
-        if self.model.served is not None and one:
-            criteria = StoppingCriteriaList([_RowsNext(self.model), *criteria])
+        if self.base_model.served is not None and one:
+            criteria = StoppingCriteriaList([_RowsNext(self.base_model), *criteria])
         return criteria
 
     def prepare_inputs_for_generation(

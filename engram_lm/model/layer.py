@@ -3,7 +3,6 @@
 Shapes: B sequences, T tokens, S streams, D width, M memory width.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,26 +17,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 from engram_lm.memory.fuse import Fuse
-from engram_lm.memory.lookup import Pending
-from engram_lm.memory.state import DecodingState
-from engram_lm.memory.window import Window
 from engram_lm.model.config import EngramLMConfig
-
-
-@dataclass
-class Reading:
-    """One call's memory as its layers see it."""
-
-    pending: Pending
-    mask_BT: Tensor | None
-    """False where a gate is held at 0: padding and image tokens."""
-    state: DecodingState | None
-    tails: dict[int, Tensor] = field(default_factory=dict)
-    """Layer -> convolution inputs of the window, filled in as layers run."""
-
-    @property
-    def window(self) -> Window:
-        return self.pending.window
+from engram_lm.model.reading import Reading
 
 
 class EngramLMMoE(DeepseekV3MoE):
@@ -98,12 +79,10 @@ class EngramLMDecoderLayer(GradientCheckpointingLayer):
         return _expand(hidden_states, output, post, comb)
 
     def _remember(self, hidden_states: Tensor, vectors: Tensor, reading: Reading) -> Tensor:
+        assert self.engram is not None
         hidden_BTSD = hidden_states if self.streams > 1 else hidden_states.unsqueeze(2)
-        tail = None if reading.state is None else reading.state.tails.get(self.layer_idx)
-        fused = self.engram(hidden_BTSD, vectors, reading.window, tail, reading.mask_BT)
-        if fused.tail_BWSD is not None:
-            reading.tails[self.layer_idx] = fused.tail_BWSD
-        return fused.update_BTSD if self.streams > 1 else fused.update_BTSD.squeeze(2)
+        update_BTSD = reading.update(self.layer_idx, self.engram, hidden_BTSD, vectors)
+        return update_BTSD if self.streams > 1 else update_BTSD.squeeze(2)
 
 
 def _expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:

@@ -5,16 +5,9 @@ Attention, experts, streams, caches and generation come from transformers. What 
 memory starts (`EngramLMModel.forward`) and where it is waited for (before its layer).
 """
 
-import os
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers import initialization as init
@@ -36,23 +29,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from engram_lm.errors import ConfigError, DataError, MismatchError
-from engram_lm.memory.canonical import CanonicalMap
-from engram_lm.memory.fuse import Fuse, ShortConv
-from engram_lm.memory.lookup import Memory
-from engram_lm.memory.ngrams import Addresses
-from engram_lm.memory.served import ServedTables
-from engram_lm.memory.table import Table
-from engram_lm.model import directory, serve
-from engram_lm.model.cache import decoding_state, forget_state
-from engram_lm.model.config import TABLE_DTYPES, EngramLMConfig
-from engram_lm.model.documents import document_starts
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.decoder import MemoryDecoder
 from engram_lm.model.generation import EngramLMGenerationMixin
-from engram_lm.model.layer import EngramLMDecoderLayer, Reading
-from engram_lm.model.seal import Seal
+from engram_lm.model.layer import EngramLMDecoderLayer
+from engram_lm.model.pretrained import MemoryPreTrained
 
 
-class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
+class EngramLMPreTrainedModel(MemoryPreTrained, DeepseekV3PreTrainedModel):
     """What both models share: capabilities, initial weights, the canonical map's file."""
 
     config: EngramLMConfig
@@ -65,11 +49,6 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
         "attentions": DeepseekV3Attention,
         "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
     }
-
-    def __init__(self, config: EngramLMConfig) -> None:
-        super().__init__(config)
-        if not serve.makes_tables():
-            self._keys_to_ignore_on_load_unexpected = {r"(^|\.)tables\."}
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -87,101 +66,9 @@ class EngramLMPreTrainedModel(DeepseekV3PreTrainedModel):
             init.normal_(module.hc_fn, mean=0.0, std=std)
             init.zeros_(module.hc_base)
             init.ones_(module.hc_scale)
-        elif isinstance(module, Table):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, Fuse):
-            init.constant_(module.query_norm_weight, 1.0 - module.norm_offset)
-            init.constant_(module.key_norm_weight, 1.0 - module.norm_offset)
-        elif isinstance(module, ShortConv):
-            init.constant_(module.norm_weight, 1.0 - module.norm_offset)
-            init.zeros_(module.weight)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """As everywhere in transformers; beside the weights all that the model needs to be whole.
-
-        Specification, canonical map, model card (one of your own is kept) and checksums.
-        """
-        if not self.should_save_on_this_rank(is_main_process):
-            return super().save_pretrained(save_directory, is_main_process, **kwargs)
-        directory.begin(self, Path(save_directory))
-        super().save_pretrained(save_directory, is_main_process, **kwargs)
-        if not kwargs.get("push_to_hub"):
-            directory.finish(self, Path(save_directory))
-
-    def _upload_modified_files(self, working_dir: str, *arguments: Any, **kwargs: Any) -> Any:
-        directory.finish_upload(self, Path(working_dir))
-        return super()._upload_modified_files(working_dir, *arguments, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: Any,
-        *inputs: Any,
-        tokenizer: Any = None,
-        memory: str | None = None,
-        memory_budget: int | str | None = None,
-        tables: str | os.PathLike[str] | None = None,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """As everywhere in transformers, but config, specification, canonical map, weights and
-        tokenizer must be of one model, or it raises MismatchError.
-
-        A tokenizer.json beside the weights is always checked, `tokenizer` as well where it is
-        given. DataError if the canonical map or the weights cannot be read.
-        memory="disk": rows stay in the weights' files, or in the packed files of the directory
-        `tables`, and are read when they are asked for; of memory they take `memory_budget` (bytes,
-        or "2GB"). The model can then not be trained or saved.
-        """
-        budget = serve.budget_of(memory, memory_budget, tables)
-        canonical = directory.canonical_map(path, tokenizer, kwargs)
-        if budget is not None and canonical is None:
-            raise ConfigError(f"{path}: memory='disk', and the model has no memory")
-        elsewhere = nullcontext() if budget is None else serve.rows_in_files()
-        try:
-            # Sizes are compared below, where the error can say which and how.
-            with elsewhere:
-                loaded: Any = super().from_pretrained(
-                    path, *inputs, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-                )
-        except SafetensorError as error:
-            raise DataError(f"{path}: the weights cannot be read ({error})") from error
-        model, info = loaded
-        directory.check_loaded(path, info, ignore_mismatched_sizes)
-        if canonical is not None:
-            model.set_canonical_map(canonical)
-        if budget is not None:
-            model.serve_rows(serve.open_rows(model.config.memory_config, path, tables, budget))
-        return (model, info) if output_loading_info else model
-
-    def serve_rows(self, served: ServedTables) -> None:
-        """Takes rows from these stores instead of tables, and closes them when it is collected."""
-        self.base_model.served = served
-        weakref.finalize(self.base_model, served.close)
-
-    def set_canonical_map(self, canonical: CanonicalMap) -> None:
-        """Gives a model with memory its tokenizer's map. MismatchError if it has another."""
-        memory = self.config.memory_config
-        if memory is None:
-            raise ConfigError("memory=None: a model without memory has no canonical map")
-        if canonical.token_ids > self.config.vocab_size:
-            raise MismatchError(
-                f"the canonical map has {canonical.token_ids} ids, vocab_size is "
-                f"{self.config.vocab_size}"
-            )
-        addresses = Addresses(memory.specification, canonical)
-        self.base_model.seal.set(addresses.specification.digest)
-        self.config.memory = replace(memory, specification=addresses.specification).to_dict()
-        self.base_model.addresses = addresses
 
 
-class EngramLMModel(EngramLMPreTrainedModel):
+class EngramLMModel(EngramLMPreTrainedModel, MemoryDecoder):
     """The decoder without its head."""
 
     def __init__(self, config: EngramLMConfig) -> None:
@@ -193,82 +80,9 @@ class EngramLMModel(EngramLMPreTrainedModel):
         self.norm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hc_head = DeepseekV4HyperHead(config) if config.streams > 1 else None
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
-        self.addresses: Addresses | None = None
-        self.tables = nn.ModuleDict()
-        self.served: ServedTables | None = None
-        """Instead of tables, where rows stay in files."""
-        self.keep = 0
-        memory = config.memory_config
-        if memory is not None:
-            self.seal = Seal()
-            for layer in memory.specification.layers if serve.makes_tables() else ():
-                rows = memory.specification.table_rows(layer)
-                dtype = TABLE_DTYPES[config.table_dtype]
-                self.tables[str(layer)] = Table(rows, memory.head_dim, dtype=dtype)
-            convs = [module for module in self.modules() if isinstance(module, ShortConv)]
-            self.keep = max([memory.specification.lookback, *(conv.reach for conv in convs)])
-        self._without_memory = False
-        self._serving = False
+        self.make_tables(config.memory_config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    @contextmanager
-    def without_memory(self) -> Iterator[None]:
-        """Inside, no row is read and nothing is added: the backbone alone, weights untouched."""
-        self._without_memory = True
-        try:
-            yield
-        finally:
-            self._without_memory = False
-
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Inside, no row is read either, but memory adds what it makes of zeros, and rows of tables
-        that workers share are there for the others: the part of one that has no tokens."""
-        self._serving = True
-        try:
-            yield
-        finally:
-            self._serving = False
-
-    @property
-    def reads_memory(self) -> bool:
-        """False for a model without memory, and inside `without_memory`."""
-        return self.config.memory is not None and not self._without_memory
-
-    @property
-    def memory(self) -> Memory:
-        """Addresses and tables. ConfigError where the canonical map is still missing."""
-        if self.addresses is None:
-            raise ConfigError(
-                "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t))"
-            )
-        if self.served is not None:
-            return Memory(self.addresses, self.served.layers)
-        return Memory(self.addresses, {int(layer): table for layer, table in self.tables.items()})
-
-    def look_ahead(self, prompts: Iterable[Sequence[int]]) -> None:
-        """Begins to read the rows of texts that wait for their turn, first things first.
-
-        prompts: token ids of each text from its start. What is beyond the part of the memory
-        budget that pages on their way may take is read when it is asked for. Does nothing where
-        rows are in memory.
-        """
-        for prompt in prompts:
-            self.memory.look_ahead(torch.as_tensor(prompt)[None])
-
-    def expect(self, token_ids_BT: Tensor) -> None:
-        """Asks for the rows of the last position, before the forward pass on it does.
-
-        token_ids_BT: the texts so far, their last few tokens at least. A wrong guess costs reading.
-        """
-        if self.served is None or not self.reads_memory:
-            return
-        addresses = self.memory.addresses
-        history_BH = token_ids_BT[:, :-1][:, -addresses.specification.lookback :]
-        rows_LBTH = addresses.rows(token_ids_BT[:, -1:], history_BH)
-        for served, rows_BTH in zip(self.served.layers.values(), rows_LBTH, strict=True):
-            served.expect(rows_BTH.reshape(-1))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -297,24 +111,14 @@ class EngramLMModel(EngramLMPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        reading = None
-        if self.reads_memory:
-            ids = input_ids if engram_input_ids is None else engram_input_ids
-            if ids is None:
-                raise ValueError(
-                    "inputs_embeds without engram_input_ids: memory is addressed by ids"
-                )
-            flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-            if padding_mask is None and flat:
-                padding_mask = attention_mask[:, -ids.shape[1] :]
-            padding = None if padding_mask is None else ~padding_mask.bool()
-            starts = None
-            if position_ids is not None:
-                starts = document_starts(position_ids, padding, attention_mask, past_key_values)
-                starts = starts.expand_as(ids)
-            reading = self._start(ids, padding, masked, starts, past_key_values)
-        elif past_key_values is not None:
-            forget_state(past_key_values, self.config.num_hidden_layers)
+        reading = self.read(
+            input_ids if engram_input_ids is None else engram_input_ids,
+            past_key_values,
+            attention_mask=attention_mask,
+            padding_mask=padding_mask,
+            masked=masked,
+            position_ids=position_ids,
+        )
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -350,38 +154,13 @@ class EngramLMModel(EngramLMPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        if reading is not None and reading.state is not None:
-            reading.state.commit(reading.window, reading.tails)
+        if reading is not None:
+            reading.finish()
         if self.hc_head is not None:
             hidden_states = self.hc_head(hidden_states)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
-
-    def _start(
-        self,
-        token_ids: Tensor,
-        padding: Tensor | None,
-        masked: Tensor | None,
-        starts: Tensor | None,
-        cache: Cache | None,
-    ) -> Reading:
-        """Starts early: the rows of all layers are on their way before the first block runs."""
-        memory, state = self.memory, None
-        if cache is not None:
-            state = decoding_state(cache, self.config.num_hidden_layers, self.keep)
-        lookback = self.keep if state is None else 0
-        window = memory.addresses.open(token_ids, None, padding, masked, starts, lookback=lookback)
-        if state is not None:
-            window = state.open(window)
-        pending = memory.serve(window) if self._serving else memory.start_window(window)
-        return Reading(pending, _kept(padding, masked), state)
-
-
-def _kept(padding: Tensor | None, masked: Tensor | None) -> Tensor | None:
-    if padding is None:
-        return None if masked is None else ~masked
-    return ~padding if masked is None else ~(padding | masked)
 
 
 class EngramLMForCausalLM(EngramLMPreTrainedModel, EngramLMGenerationMixin):

@@ -5,10 +5,22 @@ opens without trust_remote_code, and this file is not run.
 """
 
 try:
-    from engram_lm import EngramLMConfig, EngramLMForCausalLM, EngramLMModel
+    from engram_lm.model import (
+        AttachedConfig,
+        AttachedForCausalLM,
+        EngramLMConfig,
+        EngramLMForCausalLM,
+        EngramLMModel,
+    )
 except ModuleNotFoundError as error:
     if error.name != "engram_lm":
         raise
     raise ImportError("the code of this model is a package: pip install engram-lm") from error
 
-__all__ = ["EngramLMConfig", "EngramLMForCausalLM", "EngramLMModel"]
+__all__ = [
+    "AttachedConfig",
+    "AttachedForCausalLM",
+    "EngramLMConfig",
+    "EngramLMForCausalLM",
+    "EngramLMModel",
+]

@@ -40,13 +40,17 @@ def give_memory(model: Model, memory: MemoryConfig, tokenizer: Any) -> Model:
     """
     if model.config.memory is not None:
         raise ConfigError("the model has a memory already: readdress(model, ...) changes it")
-    if isinstance(tokenizer, CanonicalMap):
-        canonical = tokenizer
-    else:
-        canonical = memory.specification.canonical_map(tokenizer)
+    canonical = canonical_of(memory, tokenizer)
     given = _rebuild(model, memory)
     given.set_canonical_map(canonical)
     return given
+
+
+def canonical_of(memory: MemoryConfig, tokenizer: Any) -> CanonicalMap:
+    """The map by the memory's rule of a tokenizer, or the CanonicalMap itself that is given."""
+    if isinstance(tokenizer, CanonicalMap):
+        return tokenizer
+    return memory.specification.canonical_map(tokenizer)
 
 
 class Readdressed(NamedTuple):
@@ -86,7 +90,7 @@ def readdress(
         fuse = copy.deepcopy(old.layers[layer].engram)
         fuse.kv = _widened(fuse.kv, memory, specification)
         if reads is None:
-            _silence(fuse)
+            silence(fuse)
         new.layers[layer].engram = fuse
     if reads is None:
         return Readdressed(changed, dict.fromkeys(memory.specification.layers, 0.0))
@@ -140,7 +144,7 @@ def _rebuild(model: Model, memory: MemoryConfig) -> Model:
     for part in own:
         rebuilt._init_weights(part)
     for fuse in fuses:
-        _silence(fuse)
+        silence(fuse)
     decoder.seal = Seal().to(model.device)
     backbone = dict(model.named_modules())
     for name, part in rebuilt.named_modules():
@@ -153,7 +157,7 @@ def _rebuild(model: Model, memory: MemoryConfig) -> Model:
     return rebuilt.train(model.training)
 
 
-def _silence(fuse: Fuse) -> None:
+def silence(fuse: Fuse) -> None:
     """Gate times 0, and a convolution of zeros: an update of exactly 0, whatever the rows are."""
     fuse.kv.weight[-fuse.width :] = 0
     if fuse.kv.bias is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_lm.auto import CONFIGURATIONS
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
@@ -114,7 +115,7 @@ def open_sources(path: Path, tokenizer: Path | None = None) -> list[Source]:
         raise DataError(f"{path}/config.json: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path}/config.json: not JSON ({error})") from error
-    if isinstance(record, dict) and record.get("model_type") == "engram_lm":
+    if isinstance(record, dict) and record.get("model_type") in CONFIGURATIONS:
         return _trainable(path, record)
     released = Released(path)
     specification = released.memory.specification
@@ -182,8 +183,8 @@ def _tensors(directory: Path) -> dict[str, _Place]:
 
 
 def _find(directory: Path, tensors: Mapping[str, _Place], suffix: str) -> _Place:
-    """A headless model's names lack the first part."""
-    for name in (f"model.{suffix}", suffix):
-        if name in tensors:
-            return tensors[name]
+    """The first part of a name is the family's, and a headless model's names lack it."""
+    for name, place in tensors.items():
+        if name == suffix or name.split(".", 1)[-1] == suffix:
+            return place
     raise DataError(f"{directory}: no tensor model.{suffix}")

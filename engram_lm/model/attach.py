@@ -1,0 +1,157 @@
+"""Gives a decoder of transformers a memory, in place, and takes it off again."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from engram_lm.config import MemoryConfig
+from engram_lm.errors import ConfigError
+from engram_lm.memory.fuse import Fuse
+from engram_lm.memory.table import Table
+from engram_lm.model.attached import (
+    CAUSAL_LMS,
+    AttachedDecoder,
+    AttachedForCausalLM,
+    attached_decoder,
+    attached_model,
+    decoder_layers,
+)
+from engram_lm.model.cache import StateLayer
+from engram_lm.model.config import TABLE_DTYPES
+from engram_lm.model.pretrained import MemoryPreTrained
+from engram_lm.model.surgery import canonical_of, silence
+
+PROBE = 2
+"""Tokens of the one forward pass that shows whether a family hands memory to its layers."""
+
+
+@torch.no_grad()
+def attach(
+    model: Any, tokenizer: Any, memory: MemoryConfig, *, table_dtype: str | None = None
+) -> Any:
+    """The model itself, with a memory that adds nothing yet: logits stay the same, bit for bit.
+
+    It stays a model of its family (forward, generate, save_pretrained, Trainer, PEFT) and becomes
+    an AttachedForCausalLM; `from_pretrained` of that class, or AutoModelForCausalLM after `import
+    engram_lm`, opens what it saves. Fuses go where their layers are, tables to the token embedding;
+    both are of the model's dtype, tables of `table_dtype` ("fp32", "bf16") where it is given.
+    Rows and keys are drawn by torch's generator; the value projection is zero, and so is the short
+    convolution.
+    tokenizer: the model's, in any form that CanonicalMap.from_tokenizer takes, or a CanonicalMap.
+    ConfigError for an architecture that memory cannot be given to, and the model is as it was;
+    MismatchError if the tokenizer has more ids than the model.
+    """
+    _check(model, memory, table_dtype)
+    canonical = canonical_of(memory, tokenizer)
+    decoder: Any = model.base_model
+    layers = decoder_layers(decoder)
+    family: Any = type(model)
+    body_family: Any = type(decoder)
+    kind, body = attached_model(family), attached_decoder(body_family)
+    config: Any = copy.deepcopy(model.config)
+    config.__class__ = kind.config_class
+    config.memory, config.table_dtype = memory.to_dict(), table_dtype
+    config.check()
+    _exchange(model, config)
+    model.__class__, decoder.__class__ = kind, body
+    try:
+        decoder.mount(memory)
+        _place(model, memory, [layers[layer] for layer in memory.specification.layers])
+        model.set_canonical_map(canonical)
+        _probe(model)
+    except BaseException:
+        detach(model)
+        raise
+    return model
+
+
+def detach(model: Any) -> Any:
+    """The model as it was before `attach`, of its family's own class; what was trained of its own
+    parameters stays. ConfigError for a model that has nothing attached."""
+    if not isinstance(model, AttachedForCausalLM):
+        raise ConfigError(f"{type(model).__name__}: no memory was attached to this model")
+    decoder: Any = model.base_model
+    decoder.unmount()
+    kind, body = type(model), type(decoder)
+    model.__class__, decoder.__class__ = kind.family, body.family
+    config: Any = copy.deepcopy(model.config)
+    config.__class__ = kind.family.config_class
+    for name in ("memory", "table_dtype"):
+        config.__dict__.pop(name, None)
+    _exchange(model, config)
+    return model
+
+
+def _check(model: Any, memory: MemoryConfig, table_dtype: str | None) -> None:
+    name = type(model).__name__
+    if isinstance(model, MemoryPreTrained):
+        raise ConfigError(f"{name}: the model has a memory already")
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"{name}: a causal language model of transformers is needed; attach before PEFT or "
+            "another wrapper"
+        )
+    config = type(model.config)
+    if config not in CAUSAL_LMS or CAUSAL_LMS[config] is not type(model):
+        raise ConfigError(
+            f"{name}: not the class that AutoModelForCausalLM opens a {config.__name__} with"
+        )
+    if all(DynamicCache(config=model.config).is_linear):
+        raise ConfigError(f"{name}: no layer has attention, whose cache would carry the memory")
+    if model.config.is_encoder_decoder or getattr(model.config, "num_kv_shared_layers", False):
+        raise ConfigError(f"{name}: a decoder is needed whose every layer has a cache of its own")
+    if table_dtype not in TABLE_DTYPES:
+        accepted = ", ".join(map(repr, TABLE_DTYPES))
+        raise ConfigError(f"table_dtype={table_dtype!r}: accepted are {accepted}")
+
+
+def _exchange(model: Any, config: Any) -> None:
+    """Gives every part that looks at the model's configuration the new one."""
+    old = model.config
+    for part in model.modules():
+        if getattr(part, "config", None) is old:
+            part.config = config
+
+
+def _place(model: Any, memory: MemoryConfig, layers: list[Any]) -> None:
+    decoder: AttachedDecoder = model.base_model
+    embedding = model.get_input_embeddings()
+    home = next(embedding.parameters()).device
+    dtype = model.dtype if model.dtype.is_floating_point else torch.float32
+    if model.config.table_dtype is None:
+        decoder.tables.to(dtype)
+    decoder.tables.to(home)
+    decoder.seal.to(home)
+    for layer in layers:
+        where = next(layer.parameters()).device
+        layer.engram.to(where, dtype)
+    for part in decoder.modules():
+        if isinstance(part, Fuse):
+            for inner in part.modules():
+                model._init_weights(inner)
+            silence(part)
+        elif isinstance(part, Table):
+            model._init_weights(part)
+
+
+def _probe(model: Any) -> None:
+    """ConfigError where the family's layers do not get their memory."""
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        return
+    ids = torch.zeros(1, PROBE, dtype=torch.int64, device=device)
+    cache = DynamicCache(config=model.config)
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        model.eval()(input_ids=ids, past_key_values=cache, use_cache=True)
+    except TypeError as error:
+        raise ConfigError(
+            f"{model.family.__name__}: its layers are not handed keywords ({error})"
+        ) from error
+    finally:
+        for part, training in modes:
+            part.training = training
+    if not any(isinstance(layer, StateLayer) for layer in cache.layers):
+        raise ConfigError(f"{model.family.__name__}: its decoder runs without its own forward")

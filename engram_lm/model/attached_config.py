@@ -1,0 +1,91 @@
+"""Configurations of other families' models that were given a memory.
+
+config.json says model_type "engram_attached", so that nobody opens the model without its memory;
+the family's own type stands beside it. In memory `model_type` is the family's, because that is
+what PEFT and transformers' weight conversion look at.
+"""
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from engram_lm.config import MemoryConfig
+from engram_lm.errors import ConfigError
+from engram_lm.model.config import REMOTE_CODE, TABLE_DTYPES, memory_config
+
+PREFIX = "Engram"
+"""Of the names of our classes: EngramLlamaForCausalLM is LlamaForCausalLM with a memory."""
+MODEL_TYPE = "engram_attached"
+BACKBONE = "backbone_model_type"
+_OF_THE_FILE = ("model_type", BACKBONE, "auto_map")
+
+
+class _WithMemory:
+    """What stands before a family's own configuration class."""
+
+    memory: dict[str, Any] | None
+    table_dtype: str | None
+
+    @property
+    def memory_config(self) -> MemoryConfig | None:
+        """`memory` as an object."""
+        return None if self.memory is None else memory_config(self.memory)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of what config.json holds."""
+        record = {k: v for k, v in config_dict.items() if k not in _OF_THE_FILE}
+        return super().from_dict(record, **kwargs)  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds; `auto_map` is for those who have not imported this package."""
+        module = REMOTE_CODE.removesuffix(".py")
+        auto_map = {
+            "AutoConfig": f"{module}.AttachedConfig",
+            "AutoModelForCausalLM": f"{module}.AttachedForCausalLM",
+        }
+        record: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
+        family = record["model_type"]
+        return record | {
+            "model_type": MODEL_TYPE,
+            BACKBONE: family,
+            "auto_map": auto_map,
+        }
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As everywhere in transformers; beside it the file that `auto_map` names."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
+        shutil.copyfile(Path(__file__).with_name(REMOTE_CODE), Path(save_directory) / REMOTE_CODE)
+
+    def check(self) -> None:
+        """ConfigError where memory and family do not fit."""
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        if self.table_dtype not in TABLE_DTYPES:
+            accepted = ", ".join(map(repr, TABLE_DTYPES))
+            raise ConfigError(f"table_dtype={self.table_dtype!r}: accepted are {accepted}")
+        memory = self.memory_config
+        if memory is not None and memory.specification.layers[-1] >= layers:
+            raise ConfigError(
+                f"memory layers {memory.specification.layers}: the model has layers 0 to "
+                f"{layers - 1} (zero-based)"
+            )
+
+
+@cache
+def attached_config(family: type) -> Any:
+    """The class of a family's configurations with memory, made once."""
+    return type(
+        PREFIX + family.__name__,
+        (_WithMemory, family),
+        {
+            "__module__": "engram_lm.model.attached",
+            "__doc__": f"{family.__name__} with a memory.",
+            "__annotations__": {"memory": dict[str, Any] | None, "table_dtype": str | None},
+            "memory": None,
+            "table_dtype": None,
+        },
+    )
