@@ -34,6 +34,7 @@ class Phrases(torch.utils.data.Dataset):
 
 
 ALONE = {"max_grad_norm": 0.0, "fp16": False, "world_size": 1, "n_gpu": 0, "process_index": 0}
+ALONE |= {"label_smoothing_factor": 0.0}
 """What EngramCallback reads of Trainer's arguments, in one process on a CPU."""
 
 

@@ -15,18 +15,20 @@ from engram_lm.train.workers import Workers
 
 
 class Balancer:
-    """Counts what every router of a model chooses in training, and moves its bias; not a frozen
-    router's.
+    """Counts what every router of a model of ours chooses in training, and moves its bias; not a
+    frozen router's. Another family's experts, with a memory attached or not, are balanced as that
+    family does it.
 
     Shapes: L routers, E experts of each.
     """
 
-    def __init__(self, model: EngramLMForCausalLM, rate: float, workers: Workers) -> None:
+    def __init__(self, model: Any, rate: float, workers: Workers) -> None:
+        ours = isinstance(model, EngramLMForCausalLM)
         self.workers = workers
-        self.rate, self.experts = rate, model.config.n_routed_experts
+        self.rate, self.experts = rate, model.config.n_routed_experts if ours else 0
         self.routers: dict[int, DeepseekV3TopkRouter] = {
             layer: module
-            for layer, block in enumerate(model.model.layers)
+            for layer, block in enumerate(model.model.layers if ours else ())
             for module in block.modules()
             if isinstance(module, DeepseekV3TopkRouter) and module.weight.requires_grad
         }

@@ -3,7 +3,13 @@
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from engram_lm.errors import ConfigError
 from engram_lm.memory.table import Table
@@ -18,7 +24,9 @@ class EngramCallback(TrainerCallback):
     balance_rate: how far a routing bias moves per step; the bias is saved with the model.
     ConfigError at the start of training: for max_grad_norm above 0, which clips all gradients but
     those of rows (JointOptimizer's clip is for both); for fp16, whose scaler does not see them; for
-    several workers without `replicate_tables`; for an optimiser that has not all tables.
+    label smoothing, which takes the model for no causal one; for several workers without
+    `replicate_tables`; for an optimiser that has not all tables, or of torch's own, which moves no
+    row; for tables that PEFT has frozen, and checkpoints of PEFT, which are without memory.
     """
 
     def __init__(self, balance_rate: float = 1e-3) -> None:
@@ -47,6 +55,16 @@ class EngramCallback(TrainerCallback):
             )
         if args.fp16:
             raise ConfigError("fp16=True: its scaler does not see the gradients of rows; set bf16")
+        if args.label_smoothing_factor > 0:
+            raise ConfigError(
+                f"label_smoothing_factor={args.label_smoothing_factor}: Trainer does not know this "
+                "class as a causal model, and would have each token predict itself; set 0"
+            )
+        if not isinstance(model, PreTrainedModel) and state.global_step > 0:
+            raise ConfigError(
+                f"step {state.global_step}: a checkpoint of PEFT holds the adapter and no memory; "
+                "save both apart, and begin anew from them"
+            )
         _check_tables(model, optimizer, args.world_size)
         workers = Workers(args.process_index, args.world_size, model.device)
         self.balancer = Balancer(model, self.balance_rate, workers)
@@ -78,6 +96,7 @@ class EngramCallback(TrainerCallback):
 
 def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    kind = type(getattr(optimizer, "optimizer", optimizer))
     for name, table in model.named_modules():
         if not isinstance(table, Table):
             continue
@@ -86,8 +105,20 @@ def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
                 f"{name}: each of {workers} workers would train rows of its own; call "
                 "replicate_tables(model) before the optimiser is made"
             )
-        if table.weight.requires_grad and id(table.weight) not in held:
+        if not table.weight.requires_grad:
+            if id(table.weight) in held:
+                raise ConfigError(
+                    f"{name}: in the optimiser, but frozen since, as get_peft_model does; give "
+                    "requires_grad back, and make JointOptimizer afterwards"
+                )
+            continue
+        if id(table.weight) not in held:
             raise ConfigError(
                 f"{name}: not in the optimiser, so its rows would stay as they are; make "
                 "JointOptimizer of this model, after replicate_tables, or freeze the table"
+            )
+        if kind.__module__.startswith("torch.optim"):
+            raise ConfigError(
+                f"{name}: {kind.__name__} does not see the gradients of rows, which would stay as "
+                "they are; give Trainer optimizers=(JointOptimizer(model, ...), None)"
             )
