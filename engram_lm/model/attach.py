@@ -138,19 +138,25 @@ def _place(model: Any, memory: MemoryConfig, layers: list[Any]) -> None:
 
 def _probe(model: Any) -> None:
     """ConfigError where the family's layers do not get their memory."""
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
     if device.type == "meta":
         return
+    # As in training: 4-bit weights on a CPU are packed by bitsandbytes in a pass that needs no
+    # gradient, and have none from then on.
+    hook = embedding.register_forward_hook(lambda *each: each[-1].requires_grad_())
     ids = torch.zeros(1, PROBE, dtype=torch.int64, device=device)
     cache = DynamicCache(config=model.config)
     modes = [(part, part.training) for part in model.modules()]
     try:
-        model.eval()(input_ids=ids, past_key_values=cache, use_cache=True)
+        with torch.enable_grad():
+            model.eval()(input_ids=ids, past_key_values=cache, use_cache=True)
     except TypeError as error:
         raise ConfigError(
             f"{model.family.__name__}: its layers are not handed keywords ({error})"
         ) from error
     finally:
+        hook.remove()
         for part, training in modes:
             part.training = training
     if not any(isinstance(layer, StateLayer) for layer in cache.layers):

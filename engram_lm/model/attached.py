@@ -34,6 +34,7 @@ from engram_lm.model.attached_config import BACKBONE, MODEL_TYPE, PREFIX, attach
 from engram_lm.model.decoder import MemoryDecoder
 from engram_lm.model.directory import HUB
 from engram_lm.model.generation import EngramLMGenerationMixin
+from engram_lm.model.limits import Limits
 from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.reading import Reading
 
@@ -106,6 +107,7 @@ class AttachedDecoder(MemoryDecoder):
                 memory.specification.max_order,
             )
         self.make_tables(memory)
+        self.limits = Limits(self.config)
         self.hooks = [
             layer.register_forward_pre_hook(partial(_before, index), with_kwargs=True)
             for index, layer in enumerate(layers)
@@ -118,7 +120,7 @@ class AttachedDecoder(MemoryDecoder):
         for layer in decoder_layers(self):
             if hasattr(layer, "engram"):
                 del layer.engram
-        for name in ("hooks", "tables", "addresses", "served", "keep", "seal"):
+        for name in ("hooks", "limits", "tables", "addresses", "served", "keep", "seal"):
             if hasattr(self, name):
                 delattr(self, name)
 
@@ -139,8 +141,13 @@ class AttachedDecoder(MemoryDecoder):
         """Arguments of the family's decoder, and three of ours: see EngramLMModel.forward."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        ids = input_ids if engram_input_ids is None else engram_input_ids
+        if self.reads_memory and ids is not None:
+            self.limits.check(
+                ids.shape[1], past_key_values, attention_mask, padding_mask, position_ids
+            )
         reading = self.read(
-            input_ids if engram_input_ids is None else engram_input_ids,
+            ids,
             past_key_values,
             attention_mask=attention_mask,
             padding_mask=padding_mask,
@@ -164,13 +171,13 @@ class AttachedDecoder(MemoryDecoder):
         return outputs
 
     def _check_taken(self, reading: AttachedReading) -> None:
-        run = range(self.config.num_hidden_layers)  # fewer in an early exit's drafts
-        left = set(self.config.memory_config.specification.layers) & set(run) - reading.taken
-        if left:
-            raise ConfigError(
-                f"{type(self).__name__}: layer {min(left)} was not handed its memory; this family "
-                "keeps keywords from its layers"
-            )
+        for layer in self.addresses.layers:
+            run = layer < self.config.num_hidden_layers  # fewer in an early exit's drafts
+            if run and layer not in reading.taken:
+                raise ConfigError(
+                    f"{type(self).__name__}: layer {layer} was not handed its memory; this family "
+                    "keeps keywords from its layers"
+                )
 
 
 def _before(

@@ -14,9 +14,11 @@ class StateLayer(DummyLayer):
     Not the `hybrid` layer type: other families' models, which can be given a memory too, reject it.
     """
 
-    def __init__(self, state: DecodingState) -> None:
+    def __init__(self, state: DecodingState, recurrent: bool) -> None:
         super().__init__()
         self.state = state
+        self.recurrent = recurrent
+        """Whether a layer before this one forgets what it has been told: see Limits."""
 
     @property
     def record_past(self) -> bool:
@@ -33,6 +35,9 @@ class StateLayer(DummyLayer):
         self.state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self.recurrent:
+            self.state.lost = True
+            raise RuntimeError("crop: a recurrent layer's state cannot be taken back")
         self.state.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -69,7 +74,7 @@ def decoding_state(cache: Cache, layers: int, keep: int) -> DecodingState:
         assert cache.layer_class_to_replicate is not None
         cache.layers.append(cache.layer_class_to_replicate())
     state = DecodingState(keep)
-    cache.layers.append(StateLayer(state))
+    cache.layers.append(StateLayer(state, any(cache.is_linear)))
     return state
 
 

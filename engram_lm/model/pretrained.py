@@ -21,15 +21,25 @@ from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
 
+NEVER_QUANTISED = "engram.kv"
+"""A Linear that quantisers of a backbone, who know no other, would take for one of its own."""
+
 
 class MemoryPreTrained(PreTrainedModel):
     """Of a decoder with memory and of what stands around it. Comes before a family's own class."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), NEVER_QUANTISED}
         if not serve.makes_tables():
             ignored = set(self._keys_to_ignore_on_load_unexpected or ())
             self._keys_to_ignore_on_load_unexpected = ignored | {r"(^|\.)tables\."}
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The same list again, which at float16 would mean float32 too."""
+        plan: dict[str, Any] = super()._get_dtype_plan(dtype)
+        plan.pop(NEVER_QUANTISED, None)
+        return plan
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
