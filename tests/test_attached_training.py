@@ -1,20 +1,26 @@
 """Other families' models with a memory are trained by Trainer, PEFT, TRL and accelerate."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
+import attached_worker
 import pytest
 import torch
+from attached_worker import LORA, Watch, assert_alike, given, tables, trainer, watched, with_lora
 from datasets import Dataset
-from families import attached, bare, memory, speak
+from families import attached, bare, speak
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import ALONE, SEQUENCES, Phrases, arguments, bits, differing, losses
-from tiny import canonical_map, phrases
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainerCallback
+from test_trainer import ALONE, SEQUENCES, bits, differing, losses
+from tiny import phrases
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 from trl import SFTConfig, SFTTrainer
 
 import engram_lm
-from engram_lm import EngramCallback, JointOptimizer, MemoryConfig, Specification, Table
+from engram_lm import EngramCallback, JointOptimizer, MemoryConfig, Specification
 from engram_lm.errors import AddressError, ConfigError
 from engram_lm.train import corpus
 from engram_lm.train.freeze import freeze
@@ -23,88 +29,10 @@ pytestmark = [
     # transformers' new names for what PEFT and TRL still call by the old ones.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-LORA = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
 def is_memory(name):
     return ".engram." in name or ".tables." in name
-
-
-class Watch(TrainerCallback):
-    """Fails where a table gets a dense gradient; keeps the gradients of the first step."""
-
-    def __init__(self, model):
-        self.model, self.first = model, None
-        for table in tables(model).values():
-            if table.weight.requires_grad:
-                table.weight.register_post_accumulate_grad_hook(self.refuse)
-
-    def refuse(self, weight):  # called when a backward pass is through with the weight
-        assert weight.grad is None, f"a dense gradient of {tuple(weight.shape)}"
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        for name, parameter in self.model.named_parameters():
-            dense = parameter.requires_grad and ".tables." not in name
-            assert (parameter.grad is not None) == dense, name
-        rows = tables(self.model).values()
-        assert all(each.weight.grad is None and each.row_gradient is not None for each in rows)
-        self.first = self.first or gradients(self.model)
-
-
-def tables(model):
-    return {name: each for name, each in model.named_modules() if isinstance(each, Table)}
-
-
-def gradients(model):
-    """Of all that trains, by name: dense, and of rows (numbers in the whole table, values)."""
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    for name, table in tables(model).items():
-        found[f"{name}.rows"] = table.row_gradient.rows_U + table.first_row
-        found[f"{name}.values"] = table.row_gradient.values_UE.clone()
-    return found
-
-
-def assert_alike(found, wanted, share=1e-5):
-    """Sums of some hundred float32 in another order: `share` of each tensor's largest entry."""
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert found[name].shape == gradient.shape, name
-        assert (found[name] - gradient).abs().max() <= share * gradient.abs().max(), name
-
-
-def given(kind="memory", family="llama", seed=0):
-    """A model that was just given a memory, or with LoRA beside it; `seed` changes every weight."""
-    model = bare(family, seed)
-    engram_lm.attach(model, canonical_map(), memory())
-    if kind == "memory":
-        freeze(model, ("backbone",))
-    if kind == "lora":
-        model = with_lora(model)
-    return model.train()
-
-
-def with_lora(model, **settings):
-    model = get_peft_model(model, LoraConfig(**{**LORA, **settings}))
-    for name, parameter in model.named_parameters():
-        if ".engram." in name or ".tables." in name:
-            parameter.requires_grad_(True)
-    return model
-
-
-def trainer(model, out, data=None, **changes):
-    args = arguments(out, **{"save_strategy": "no", **changes})
-    return Trainer(
-        model=model,
-        args=args,
-        train_dataset=Phrases() if data is None else data,
-        optimizers=(JointOptimizer(model, lr=args.learning_rate, clip=1.0), None),
-        callbacks=[EngramCallback(), Watch(model)],
-    )
-
-
-def watched(run):
-    (watch,) = (each for each in run.callback_handler.callbacks if isinstance(each, Watch))
-    return watch.first
 
 
 def with_moments(model, optimizer):
@@ -324,3 +252,47 @@ def test_trainer_packs_without_a_cache_and_a_loop_of_ones_own_says_so(tmp_path):
         model(**batch)
     model.config.use_cache = False
     model(**batch).loss.backward()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two workers found, each of its own."""
+    out = tmp_path_factory.mktemp("two")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = Path(__file__).with_name("attached_worker.py")
+    subprocess.run(
+        [sys.executable, *launch, str(worker), str(out)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["memory", "everything", "lora"])
+def test_two_workers_with_all_rows_each_train_as_one_does(kind, two, tmp_path):
+    model = given(kind)
+    run = trainer(model, tmp_path, max_steps=4, per_device_train_batch_size=8)
+    run.train()
+    assert differing(*(each[kind]["bits"] for each in two)) == []
+    for found in two:
+        assert_alike(found[kind]["first"], watched(run))
+        # From the second step on Adam and Muon take steps of full size of gradients near zero.
+        assert found[kind]["losses"] == pytest.approx(losses(run), rel=1e-2)
+
+
+def test_two_workers_with_half_of_the_rows_each_train_as_one_does(two):
+    alone = attached_worker.accelerated(shards=False)
+    first, second = (each["sharded"] for each in two)
+    assert first["dense"] == second["dense"] == alone["dense"] == []
+    rows = {name: torch.cat([first["rows"][name], second["rows"][name]]) for name in first["rows"]}
+    assert all(len(each) < len(rows[name]) for name, each in first["rows"].items())
+    merged = {
+        name: torch.cat([mine, second["first"][name]]) if ".tables." in name else mine
+        for name, mine in first["first"].items()
+    }
+    assert_alike(merged, alone["first"])
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert {name: each.shape for name, each in rows.items()} == {
+        name: each.shape for name, each in alone["rows"].items()
+    }
