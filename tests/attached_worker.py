@@ -8,6 +8,7 @@ OUT/rankN.pt: losses, gradients of the first step, and what was trained, by case
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,10 @@ from transformers import Trainer, TrainerCallback
 
 import engram_lm
 from engram_lm import EngramCallback, JointOptimizer, Table, replicate_tables, shard_tables
+from engram_lm.train.export import export
 from engram_lm.train.freeze import freeze
 from engram_lm.train.parallel import leave_tables_out
+from engram_lm.train.together import Together
 
 LORA = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -115,35 +118,41 @@ def under_trainer(kind: str, out: Path) -> dict:
     return {"losses": losses(run), "first": watched(run), "bits": bits(model)}
 
 
-def accelerated(shards: bool) -> dict:
-    """A loop of one's own: each row on one worker, or the one process that it is compared with."""
+def accelerated(out: Path | None = None) -> dict:
+    """A loop of one's own: each row on one worker, and all exported to `out`; or, without it, the
+    one process that they are compared with."""
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     model = attached("llama").train()
     freeze(model, ("backbone",))
-    if shards:
+    if out is not None:
         shard_tables(model)
         leave_tables_out(model)
     optimizer = JointOptimizer(model, lr=0.01)
     loader = DataLoader(SEQUENCES, batch_size=8 // accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    bare, found = accelerator.unwrap_model(model), {"losses": []}
+    trained, found = accelerator.unwrap_model(model), {"losses": []}
     for ids in loader:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         accelerator.backward(loss)
-        found.setdefault("first", gradients(bare))
+        found.setdefault("first", gradients(trained))
         optimizer.step()
         optimizer.zero_grad()
         found["losses"].append(float(accelerator.reduce(loss.detach(), "mean")))
-    found["dense"] = [name for name, each in tables(bare).items() if each.weight.grad is not None]
-    found["rows"] = {name: each.weight.detach().clone() for name, each in tables(bare).items()}
+    found["dense"] = [
+        name for name, each in tables(trained).items() if each.weight.grad is not None
+    ]
+    found["rows"] = {name: each.weight.detach().clone() for name, each in tables(trained).items()}
+    if out is not None:
+        export(trained, SimpleNamespace(save_pretrained=lambda directory: None), out, Together())
+        found["exported"] = str(out)
     return found
 
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     found = {kind: under_trainer(kind, out / kind) for kind in ("memory", "everything", "lora")}
-    found["sharded"] = accelerated(shards=True)
+    found["sharded"] = accelerated(out / "exported")
     torch.save(found, out / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
