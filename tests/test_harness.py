@@ -22,7 +22,7 @@ import engram_lm
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate import harness as harnesses
-from engram_lm.evaluate.harness import TASKS, Harness
+from engram_lm.evaluate.harness import Harness
 from engram_lm.evaluate.harness_reader import HarnessReader
 from engram_lm.evaluate.tasks import wordnet
 from engram_lm.memory.canonical import CanonicalMap
@@ -438,34 +438,42 @@ def test_mistakes_on_the_command_line_are_one_line(capsys, saved, tmp_path):
     assert "memory='both': this model has none" in refused(
         tmp_path / "bare", tasks, "--memory=both"
     )
+    assert evaluated(capsys, tmp_path / "bare", tasks, "--limit=2")["memory"] is None
     assert "no such directory" in refused(saved["ours"], tasks, f"--out={tmp_path}/none/a.json")
     assert "limit=0" in refused(saved["ours"], tasks, "--limit=0")
+
+
+COMMAND = (
+    "lm_eval run --model hf --device cpu --model_args pretrained=DIR,trust_remote_code=True "
+    "--include_path \"$(python -c 'from engram_lm.evaluate.harness import TASKS; print(TASKS)')\" "
+    "--tasks engram_wordnet_bpb,engram_wordnet_definitions --batch_size 8 --output_path scores"
+)
+"""As docs/ecosystem.md gives it."""
 
 
 def test_lm_evals_own_command_opens_both_kinds_from_their_directories(
     models, tokenizer, saved, tmp_path
 ):
-    """As docs/ecosystem.md gives it: nothing but the directory says what the model is."""
-    tasks = ["engram_wordnet_bpb", "engram_wordnet_definitions"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     running = {}
     for kind, directory in saved.items():
-        command = (
-            f"{Path(sys.executable).parent}/lm_eval run --model hf --device cpu "
-            f"--model_args pretrained={directory},trust_remote_code=True "
-            f"--include_path {TASKS} --tasks {','.join(tasks)} --limit 5 --batch_size 4 "
-            f"--output_path {tmp_path / kind}"
-        )
-        environment = {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path / f"{kind}-home")}
+        (tmp_path / kind).mkdir()
+        home = str(tmp_path / kind / "home")
         running[kind] = subprocess.Popen(
-            command.split(), env=environment, stdout=-1, stderr=-1, text=True, cwd=tmp_path
+            ["sh", "-c", f"{COMMAND.replace('DIR', str(directory))} --limit 5"],
+            env={**os.environ, **OFFLINE, "PATH": path, "HF_HOME": home},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path / kind,
         )
-    harness = Harness(tasks)
+    harness = Harness(["engram_wordnet_bpb", "engram_wordnet_definitions"])
     for kind, process in running.items():
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        (file,) = (tmp_path / kind).rglob("results*.json")
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+        (file,) = (tmp_path / kind / "scores").rglob("results*.json")
         found = json.loads(file.read_text())["results"]
-        for score in harness.scores(models[kind], tokenizer, limit=5, batch=4):
+        for score in harness.scores(models[kind], tokenizer, limit=5, batch=8):
             value = found[score.task][f"{score.metric},none"]
             assert value == pytest.approx(score.value, abs=1e-5)
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def options(add: Callable[..., Any]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     prepare(None)
     model, tokenizer = _opened(arguments.directory)
-    if arguments.memory != "on" and getattr(model.config, "memory", None) is None:
+    has_memory = getattr(model.config, "memory", None) is not None
+    if arguments.memory != "on" and not has_memory:
         raise ConfigError(f"memory={arguments.memory!r}: this model has none")
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise DataError(f"{arguments.out}: no such directory as {arguments.out.parent}")
@@ -67,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         "tasks": names,
         "limit": arguments.limit,
         "batch_size": arguments.batch_size,
-        "memory": arguments.memory,
+        "memory": arguments.memory if has_memory else None,
         "scores": _rows(scores),
     }
     if arguments.out is not None:
@@ -112,19 +114,20 @@ def _rows(columns: "dict[str, list[Score]]") -> list[dict[str, Any]]:
 
 
 def _show(record: dict[str, Any]) -> None:
-    columns = COLUMNS[record["memory"]]
-    names = (Column("task", overflow="fold"), Column("metric", no_wrap=True))
-    grid = Grid(*names, "shots", "of", title=record["model"], box=SIMPLE_HEAD)
-    for name in [f"memory {column}" for column in columns] + ["on - off"] * (len(columns) == 2):
-        grid.add_column(name, justify="right")
-    for row in record["scores"]:
-        better = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
-        cells = [row["task"], f"{row['metric']}{better}", _count(row["shots"])]
-        cells.append(_count(row["documents"]))
-        cells += [_value(row[f"{column}_value"], row[f"{column}_stderr"]) for column in columns]
-        if len(columns) == 2:
-            cells.append(f"{row['difference']:+.4f}")
-        grid.add_row(*cells)
+    columns = COLUMNS[record["memory"] or "on"]
+    titles = [f"memory {column}" for column in columns] if record["memory"] else ["value"]
+    grid = Grid(Column("task", overflow="fold"), title=record["model"], box=SIMPLE_HEAD)
+    for title in ["shots", "of", *titles, *(["on - off"] if len(columns) == 2 else [])]:
+        grid.add_column(title, justify="right")
+    for task, rows in groupby(record["scores"], lambda row: row["task"]):
+        scores = list(rows)
+        grid.add_row(task, _count(scores[0]["shots"]), _count(scores[0]["documents"]))
+        for row in scores:
+            better = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
+            cells = [_value(row[f"{column}_value"], row[f"{column}_stderr"]) for column in columns]
+            if len(columns) == 2:
+                cells.append(f"{row['difference']:+.4f}")
+            grid.add_row(f"  {row['metric']}{better}", "", "", *cells)
     Console().print(grid)
 
 
