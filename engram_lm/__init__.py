@@ -50,6 +50,7 @@ _HOMES = {
     "preset": "engram_lm.model.presets",
     "readdress": "engram_lm.model.surgery",
     "replicate_tables": "engram_lm.train.replicas",
+    "save_pack": "engram_lm.model.memory_pack",
     "shard_tables": "engram_lm.train.sharded_table",
     "twin": "engram_lm.model.twin",
     "unallocated": "engram_lm.memory.table",

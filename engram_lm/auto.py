@@ -16,6 +16,8 @@ from typing import Any
 
 CONFIGURATIONS = {"engram_lm": "EngramLMConfig", "engram_attached": "AttachedConfig"}
 """model_type -> class in engram_lm.model."""
+PACK = "engram_pack"
+"""model_type of a memory that was saved apart from its model."""
 _TABLE = "transformers.models.auto.configuration_auto"
 
 

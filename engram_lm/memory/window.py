@@ -51,6 +51,16 @@ class Window:
             return None
         return torch.argsort(~self.padding_BW, dim=1, stable=True)
 
+    def select(self, sequences: Tensor) -> "Window":
+        """The window of these sequences, in this order."""
+        padding_BW, starts_BW = self.padding_BW, self.starts_BW
+        return Window(
+            self.ids_BW[sequences],
+            self.tokens,
+            None if padding_BW is None else padding_BW[sequences],
+            None if starts_BW is None else starts_BW[sequences],
+        )
+
     def pack(self, values_BW: Tensor) -> Tensor:
         """Values of all W positions with padding moved out of the way, (B, W, ...)."""
         return values_BW if self.order_BW is None else _take(values_BW, self.order_BW)

@@ -29,7 +29,7 @@ PROBE = 2
 
 @torch.no_grad()
 def attach(
-    model: Any, tokenizer: Any, memory: MemoryConfig, *, table_dtype: str | None = None
+    model: Any, tokenizer: Any, memory: MemoryConfig | None, *, table_dtype: str | None = None
 ) -> Any:
     """The model itself, with a memory that adds nothing yet: logits stay the same, bit for bit.
 
@@ -40,11 +40,12 @@ def attach(
     Rows and keys are drawn by torch's generator; the value projection is zero, and so is the short
     convolution.
     tokenizer: the model's, in any form that CanonicalMap.from_tokenizer takes, or a CanonicalMap.
+    memory: None makes a place for memory packs alone (`load_pack`).
     ConfigError for an architecture that memory cannot be given to, and the model is as it was;
     MismatchError if the tokenizer has more ids than the model.
     """
-    _check(model, memory, table_dtype)
-    canonical = canonical_of(memory, tokenizer)
+    _check(model, table_dtype)
+    canonical = None if memory is None else canonical_of(memory, tokenizer)
     decoder: Any = model.base_model
     layers = decoder_layers(decoder)
     family: Any = type(model)
@@ -52,14 +53,16 @@ def attach(
     kind, body = attached_model(family), attached_decoder(body_family)
     config: Any = copy.deepcopy(model.config)
     config.__class__ = kind.config_class
-    config.memory, config.table_dtype = memory.to_dict(), table_dtype
+    config.memory = None if memory is None else memory.to_dict()
+    config.table_dtype = table_dtype
     config.check()
     _exchange(model, config)
     model.__class__, decoder.__class__ = kind, body
     try:
         decoder.mount(memory)
-        _place(model, memory, [layers[layer] for layer in memory.specification.layers])
-        model.set_canonical_map(canonical)
+        if memory is not None:
+            _place(model, [layers[layer] for layer in memory.specification.layers])
+            model.set_canonical_map(canonical)
         _probe(model)
     except BaseException:
         detach(model)
@@ -84,7 +87,7 @@ def detach(model: Any) -> Any:
     return model
 
 
-def _check(model: Any, memory: MemoryConfig, table_dtype: str | None) -> None:
+def _check(model: Any, table_dtype: str | None) -> None:
     name = type(model).__name__
     if isinstance(model, MemoryPreTrained):
         raise ConfigError(f"{name}: the model has a memory already")
@@ -115,7 +118,7 @@ def _exchange(model: Any, config: Any) -> None:
             part.config = config
 
 
-def _place(model: Any, memory: MemoryConfig, layers: list[Any]) -> None:
+def _place(model: Any, layers: list[Any]) -> None:
     decoder: AttachedDecoder = model.base_model
     embedding = model.get_input_embeddings()
     home = next(embedding.parameters()).device
@@ -159,5 +162,7 @@ def _probe(model: Any) -> None:
         hook.remove()
         for part, training in modes:
             part.training = training
-    if not any(isinstance(layer, StateLayer) for layer in cache.layers):
+    if model.config.memory is not None and not any(
+        isinstance(layer, StateLayer) for layer in cache.layers
+    ):
         raise ConfigError(f"{model.family.__name__}: its decoder runs without its own forward")

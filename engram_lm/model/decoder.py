@@ -20,8 +20,8 @@ from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import serve
 from engram_lm.model.cache import decoding_state, forget_state
+from engram_lm.model.call import Call
 from engram_lm.model.config import TABLE_DTYPES
-from engram_lm.model.documents import document_starts
 from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.reading import Reading
 from engram_lm.model.seal import Seal
@@ -114,46 +114,18 @@ class MemoryDecoder(MemoryPreTrained):
         for served, rows_BTH in zip(self.served.layers.values(), rows_LBTH, strict=True):
             served.expect(rows_BTH.reshape(-1))
 
-    def read(
-        self,
-        ids_BT: Tensor | None,
-        cache: Cache | None,
-        *,
-        attention_mask: Any,
-        padding_mask: Tensor | None,
-        masked: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> Reading | None:
+    def read(self, call: Call | None, cache: Cache | None) -> Reading | None:
         """Starts early: the rows of all layers are on their way before the first block runs.
 
-        None where no memory is read; a cache that goes on without it forgets our state.
+        call: None where no memory is read; a cache that goes on without it forgets our state.
         """
-        if not self.reads_memory:
+        layers = self.config.num_hidden_layers
+        if call is None:
             if cache is not None:
-                forget_state(cache, self.config.num_hidden_layers)
+                forget_state(cache, layers)
             return None
-        if ids_BT is None:
-            raise ValueError("inputs_embeds without engram_input_ids: memory is addressed by ids")
-        flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        if padding_mask is None and flat:
-            padding_mask = attention_mask[:, -ids_BT.shape[1] :]
-        padding = None if padding_mask is None else ~padding_mask.bool()
-        starts = None
-        if position_ids is not None:
-            starts = document_starts(position_ids, padding, attention_mask, cache)
-            starts = starts.expand_as(ids_BT)
-        memory, state = self.memory, None
-        if cache is not None:
-            state = decoding_state(cache, self.config.num_hidden_layers, self.keep)
-        lookback = self.keep if state is None else 0
-        window = memory.addresses.open(ids_BT, None, padding, masked, starts, lookback=lookback)
-        if state is not None:
-            window = state.open(window)
+        memory = self.memory
+        state = None if cache is None else decoding_state(cache, layers, self.keep)
+        window = call.window(memory.addresses, self.keep, state)
         pending = memory.serve(window) if self._serving else memory.start_window(window)
-        return Reading(pending, _kept(padding, masked), state)
-
-
-def _kept(padding: Tensor | None, masked: Tensor | None) -> Tensor | None:
-    if padding is None:
-        return None if masked is None else ~masked
-    return ~padding if masked is None else ~(padding | masked)
+        return Reading(pending, call.kept_BT, state)

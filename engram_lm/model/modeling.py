@@ -29,6 +29,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from engram_lm.model.call import Call
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.decoder import MemoryDecoder
 from engram_lm.model.generation import EngramLMGenerationMixin
@@ -111,15 +112,17 @@ class EngramLMModel(EngramLMPreTrainedModel, MemoryDecoder):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        reading = self.read(
-            input_ids if engram_input_ids is None else engram_input_ids,
-            past_key_values,
-            attention_mask=attention_mask,
-            padding_mask=padding_mask,
-            masked=masked,
-            position_ids=position_ids,
-        )
-
+        call = None
+        if self.reads_memory:
+            call = Call.of(
+                input_ids if engram_input_ids is None else engram_input_ids,
+                past_key_values,
+                attention_mask=attention_mask,
+                padding_mask=padding_mask,
+                masked=masked,
+                position_ids=position_ids,
+            )
+        reading = self.read(call, past_key_values)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -36,6 +36,15 @@ class Reading:
             self.tails[layer] = fused.tail_BWSD
         return fused.update_BTSD
 
+    def update_plain(self, layer: int, fuse: Fuse, hidden_BTD: Tensor) -> Tensor:
+        """The same on the plain residual, (B, T, D), where its rows are waited for now."""
+        device = fuse.query_norm_weight.device
+        home = hidden_BTD.device
+        if device.type != "meta":  # there accelerate brings weights and values together
+            hidden_BTD = hidden_BTD.to(device)
+        vectors_BTM = self.pending.wait(layer).to(hidden_BTD.device)
+        return self.update(layer, fuse, hidden_BTD.unsqueeze(2), vectors_BTM).squeeze(2).to(home)
+
     def finish(self) -> None:
         """After the last layer: the cache remembers this call."""
         if self.state is not None:

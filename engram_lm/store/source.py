@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_lm.auto import CONFIGURATIONS
+from engram_lm.auto import CONFIGURATIONS, PACK
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
@@ -115,7 +115,7 @@ def open_sources(path: Path, tokenizer: Path | None = None) -> list[Source]:
         raise DataError(f"{path}/config.json: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path}/config.json: not JSON ({error})") from error
-    if isinstance(record, dict) and record.get("model_type") in CONFIGURATIONS:
+    if isinstance(record, dict) and record.get("model_type") in (*CONFIGURATIONS, PACK):
         return _trainable(path, record)
     released = Released(path)
     specification = released.memory.specification

@@ -1,0 +1,167 @@
+"""A memory saved apart from the model it was trained on, to be read beside others of its kind.
+
+A directory of its own: config.json, weights named as in a model, the canonical map, the
+specification and checksums.
+"""
+
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from engram_lm.auto import PACK
+from engram_lm.config import MemoryConfig
+from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
+from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.memory.fuse import Fuse, ShortConv
+from engram_lm.memory.lookup import Memory
+from engram_lm.memory.ngrams import Addresses
+from engram_lm.memory.served import ServedTables
+from engram_lm.memory.table import Table
+from engram_lm.model import checksums, serve
+from engram_lm.model.checksums import SPECIFICATION
+from engram_lm.model.seal import Seal
+from engram_lm.store.weights import SINGLE
+
+_BACKBONE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+"""What a pack's backbone must have in common with the one that it was trained on."""
+
+
+class MemoryPack(nn.Module):
+    """One memory with its tables, or with the stores in which its rows are. Not trained."""
+
+    def __init__(self, memory: MemoryConfig, width: int, canonical: CanonicalMap) -> None:
+        super().__init__()
+        specification = memory.specification
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): nn.ModuleDict(
+                    {
+                        "engram": Fuse(
+                            1, width, memory.memory_dim, memory.fusion, specification.max_order
+                        )
+                    }
+                )
+                for layer in specification.layers
+            }
+        )
+        self.tables = nn.ModuleDict()
+        self.served: ServedTables | None = None
+        self.seal = Seal()
+        self.addresses = Addresses(specification, canonical)
+        convs = [part for part in self.modules() if isinstance(part, ShortConv)]
+        self.keep = max([specification.lookback, *(conv.reach for conv in convs)])
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        config: Any,
+        *,
+        memory: str | None = None,
+        memory_budget: int | str | None = None,
+        tables: str | os.PathLike[str] | None = None,
+    ) -> "MemoryPack":
+        """What `save_pack` wrote, for a model of this configuration.
+
+        memory, memory_budget, tables: as for MemoryPreTrained.from_pretrained. DataError where a
+        file is missing or damaged, MismatchError where the pack is of another backbone.
+        """
+        path = Path(directory)
+        budget = serve.budget_of(memory, memory_budget, tables)
+        record = _record(path)
+        for name in _BACKBONE:
+            if record["backbone"][name] != getattr(config, name):
+                raise MismatchError(
+                    f"{path}: of a backbone with {name}={record['backbone'][name]!r}, this one has "
+                    f"{getattr(config, name)!r}"
+                )
+        damaged = [file.problem for file in checksums.verify(path) if file.problem is not None]
+        if damaged:
+            raise DataError(f"{path}: {damaged[0]}")
+        kind = MemoryConfig.from_dict(record["memory"])
+        pack = cls(kind, config.hidden_size, CanonicalMap.load(path / CANONICAL_MAP))
+        weights = load_file(path / SINGLE)
+        if budget is None:
+            for layer in kind.specification.layers:
+                stored = weights[f"tables.{layer}.weight"]
+                pack.tables[str(layer)] = Table(*stored.shape, dtype=stored.dtype)
+        else:
+            weights = {key: value for key, value in weights.items() if "tables." not in key}
+            pack.served = serve.open_rows(kind, path, tables, budget)
+            weakref.finalize(pack, pack.served.close)
+        pack.seal.set(pack.addresses.specification.digest)
+        pack.load_state_dict(weights)
+        return pack.requires_grad_(False).eval()
+
+    @property
+    def memory(self) -> Memory:
+        """Addresses and tables."""
+        stores: Any = self.tables if self.served is None else self.served.layers
+        return Memory(self.addresses, {int(layer): store for layer, store in stores.items()})
+
+    def fuse(self, layer: int) -> Fuse | None:
+        """What turns rows into an update at this layer; None where it has no memory."""
+        if str(layer) not in self.layers:
+            return None
+        holder: Any = self.layers[str(layer)]
+        return holder["engram"]
+
+
+def save_pack(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Writes the memory of an attached model, without its backbone. ConfigError where there is none
+    or its rows are in files; what stood in the directory before is replaced at the end."""
+    decoder = model.base_model
+    memory = model.config.memory_config
+    if memory is None or decoder.addresses is None:
+        raise ConfigError(f"{type(model).__name__}: no memory to save; attach one")
+    if decoder.served is not None:
+        raise ConfigError(
+            "memory='disk': the rows are in files; open the model without, to save it"
+        )
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / checksums.FILE_NAME).unlink(missing_ok=True)
+    wanted = ("tables.", "seal.")
+    weights = {
+        key: value.detach().cpu().contiguous()
+        for key, value in decoder.state_dict().items()
+        if key.startswith(wanted) or ".engram." in key
+    }
+    renamed = {_layer_name(key): value for key, value in weights.items()}
+    aside = path / "weights.partial"
+    save_file(renamed, aside, {"format": "pt"})
+    os.replace(aside, path / SINGLE)
+    backbone = {name: getattr(model.config, name) for name in _BACKBONE}
+    record = {"model_type": PACK, "backbone": backbone, "memory": model.config.memory}
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(aside, path / "config.json")
+    decoder.addresses.canonical.save(path)
+    decoder.addresses.specification.save(path / SPECIFICATION)
+    checksums.write(path)
+
+
+def _layer_name(key: str) -> str:
+    """Families call the list of their layers what they like (GPT-2: h)."""
+    return key if ".engram." not in key else f"layers.{key.split('.', 1)[1]}"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((path / "config.json").read_text())
+        if record["model_type"] != PACK:
+            raise DataError(
+                f"{path}: config.json is of a {record['model_type']!r}, not of a {PACK!r}"
+            )
+        if not set(_BACKBONE) <= set(record["backbone"]) or "memory" not in record:
+            raise KeyError("backbone")
+    except OSError as error:
+        raise DataError(f"{path}/config.json: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}/config.json: not that of a memory pack ({error!r})") from error
+    return dict(record)
