@@ -14,8 +14,10 @@ from tiny import VOCABULARY, canonical_map
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import engram_lm
+from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.model.contents import read
+from engram_lm.train import corpus
 
 
 @pytest.fixture
@@ -83,6 +85,26 @@ def test_a_saved_model_is_opened_from_its_directory_alone_in_every_way(family, i
     decoder = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(decoder(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
+
+
+def test_engram_generate_and_info_know_an_attached_model(ids, tmp_path, capsys):
+    tokenizer = corpus.tokenizer()
+    model = bare("llama", vocab_size=len(tokenizer))
+    engram_lm.attach(model, tokenizer, memory())
+    speak(model)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path)
+    texts = []
+    for options in ([], ["--memory", "disk", "--memory-budget", "1MB"], ["--memory", "off"]):
+        line = ["generate", "--model", str(tmp_path), "--prompt", "A city", "--json", *options]
+        assert main(line) == 0
+        texts.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert texts[0] == texts[1] != texts[2]
+    assert main(["info", str(tmp_path)]) == 0
+    assert "EngramLlamaForCausalLM" in capsys.readouterr().out
+    bare("llama").save_pretrained(tmp_path / "bare")
+    assert main(["generate", "--model", str(tmp_path / "bare"), "--prompt", "A"]) == 2
+    assert "a 'llama' without memory" in capsys.readouterr().err
 
 
 def test_config_json_is_of_no_family_that_transformers_would_open_without_the_memory(tmp_path):

@@ -42,7 +42,7 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 def test_verbs_have_help_and_at_most_ten_options():
     assert set(verbs()) == {
         *("demo", "data", "train", "generate"),
-        *("eval", "rows", "budget", "size", "info"),
+        *("eval", "rows", "budget", "serve", "size", "info"),
         *("plan", "pack"),
         "plan serve",
     }

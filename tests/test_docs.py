@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEEPSEEK_TOKENIZER
+from test_harness import COMMAND as HARNESS_COMMAND
 
 from engram_lm.cli import VERBS, main, parser
 
@@ -19,6 +20,8 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+# TRL and PEFT still ask for it by its old name.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_snippets_run(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -32,6 +35,43 @@ def test_every_command_in_the_readme_is_one_that_parses():
         program, *arguments = shlex.split(line)
         assert program == "engram"
         parser().parse_args(arguments)
+
+
+def test_every_command_on_the_page_of_the_ecosystem_is_one_that_parses():
+    page = (ROOT / "docs" / "ecosystem.md").read_text()
+    assert HARNESS_COMMAND in page
+    lines = [line for shell in blocks(page, "sh") for line in shell.splitlines()]
+    ours = [
+        line.removeprefix("HF_ALLOW_CODE_EVAL=1 ") for line in lines if "lm_eval run" not in line
+    ]
+    assert len(ours) == 4
+    for line in ours:
+        program, *arguments = shlex.split(line)
+        assert program == "engram"
+        parser().parse_args(arguments)
+
+
+def test_numbers_of_the_comparison_with_engram_peft_are_those_of_its_result():
+    result = json.loads((ROOT / "results" / "compare_retrofit.json").read_text())["summary"]
+    page = (ROOT / "docs" / "ecosystem.md").read_text().replace("\n", " ")
+    arms = ("bare", "ours", "peft", "peft_dense")
+    for row, name in (
+        ("tokens/s (median of rounds)", "tokens_per_second"),
+        ("tokens per CPU second", "tokens_per_cpu_second"),
+        ("peak memory, MB", "peak_mb"),
+    ):
+        assert f"| {row} | " + " | ".join(f"{result[f'{arm}_{name}']:,.0f}" for arm in arms) in page
+    for kind in ("", "_cpu"):
+        for other in ("bare", "peft", "peft_dense"):
+            name = f"ours_over_{other}{kind}"
+            median, least, most = (result[f"{name}{end}"] for end in ("", "_least", "_most"))
+            assert f"{median:.2f} ({least:.2f}, {most:.2f})" in page
+    sound = result["cells"] - result["bare_model_deviates"]
+    assert (
+        f"Of {sound} cells in which the bare model is sound ours has {result['ours_ok']} right, "
+        f"engram-peft {result['peft_ok']}; with its convolution at zero, "
+        f"{result['peft_no_conv_ok']}." in page
+    )
 
 
 def test_the_readmes_quick_commands_run(capsys):

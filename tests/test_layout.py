@@ -10,7 +10,7 @@ from types import FunctionType
 import engram_lm
 
 PACKAGE = Path(engram_lm.__file__).parent
-# memory <- store <- model <- evaluate, simulate <- train, analysis <- studies <- cli
+# memory <- store <- model <- evaluate, serving, simulate <- train, analysis <- studies <- cli
 FLOORS = {
     "errors": 0,
     "memory": 1,
@@ -19,6 +19,7 @@ FLOORS = {
     "store": 2,
     "model": 3,
     "evaluate": 4,
+    "serving": 4,
     "simulate": 4,
     "train": 5,
     "analysis": 5,

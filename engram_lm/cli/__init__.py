@@ -19,6 +19,7 @@ from engram_lm.cli import (
     plan,
     plan_serve,
     rows,
+    serve,
     size,
     train,
 )
@@ -30,6 +31,7 @@ VERBS = {
     "train": train,
     "generate": generate,
     "eval": evaluate,
+    "serve": serve,
     "rows": rows,
     "budget": budget,
     "size": size,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import opening, prepare
+from engram_lm.cli.settings import open_model, opening, prepare
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Continue a text, streamed."
@@ -46,7 +46,6 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer, TextStreamer
 
     from engram_lm.model.metrics_table import metrics_table
-    from engram_lm.model.modeling import EngramLMForCausalLM
 
     torch = prepare(None)
     if arguments.tokens < 1 or arguments.temperature < 0:
@@ -55,12 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
             "at least 1, and 0 or more"
         )
     with opening(arguments.model):
-        model = EngramLMForCausalLM.from_pretrained(
-            arguments.model,
-            memory="disk" if arguments.memory == "disk" else None,
-            memory_budget=arguments.memory_budget,
-            tables=arguments.tables,
-        ).eval()
+        places = {
+            "memory": "disk" if arguments.memory == "disk" else None,
+            "memory_budget": arguments.memory_budget,
+            "tables": arguments.tables,
+        }
+        model = open_model(arguments.model, places).eval()
+        if not hasattr(model.config, "memory_config"):
+            raise DataError(f"{arguments.model}: a {model.config.model_type!r} without memory")
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.memory == "off" and model.config.memory is None:
         raise ConfigError("memory='off': this model has none")
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     streamer = None if arguments.json else TextStreamer(tokenizer, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
-    with model.model.without_memory() if arguments.memory == "off" else nullcontext():
+    with model.base_model.without_memory() if arguments.memory == "off" else nullcontext():
         out = model.generate(
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
             **(sampling if arguments.temperature > 0 else {"do_sample": False}),
         )
     new = out[0, len(ids) :].tolist()
-    served = model.model.served
+    served = model.base_model.served
     if served is not None and not arguments.json:
         Console(stderr=True).print(metrics_table(served.metrics()))
     if arguments.json:

@@ -75,6 +75,18 @@ def opening(directory: Path) -> Iterator[None]:
         raise DataError(f"{directory}: {' '.join(str(error).split())}") from error
 
 
+def open_model(directory: Path, places: dict[str, Any]) -> Any:
+    """A causal language model: with its memory, in these places, or one that has none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from engram_lm.model.attached import CAUSAL_LMS
+
+    config: Any = AutoConfig.from_pretrained(directory)
+    if not hasattr(config, "memory_config"):
+        return AutoModelForCausalLM.from_pretrained(directory)
+    return CAUSAL_LMS[type(config)].from_pretrained(directory, **places)
+
+
 def prepare(threads: int | None) -> Any:
     """torch, its threads set and transformers' chatter off."""
     import torch

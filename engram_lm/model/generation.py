@@ -26,7 +26,7 @@ class EngramLMGenerationMixin(GenerationMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused with a memory: paged attention packs sequences that our state cannot follow."""
-        if self.config.memory is not None:
+        if self.config.memory is not None or getattr(self.base_model, "packs", None):
             raise ConfigError(
                 "generate_batch and cache_implementation='paged' (continuous batching): a model "
                 "with memory cannot page its state; use generate()"

@@ -1,0 +1,77 @@
+"""`engram serve`: a model behind the OpenAI interface, memory packs chosen by the model's name."""
+
+import argparse
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from engram_lm.cli.settings import open_model, opening, prepare
+from engram_lm.errors import ConfigError
+
+HELP = "Serve a model to OpenAI clients."
+NEEDED = ("fastapi", "openai", "pydantic", "uvicorn")
+
+
+def options(add: Callable[..., Any]) -> None:
+    add("model", type=Path, help="directory: ours, attached, or any decoder that packs fit")
+    add("--name", help="for clients (default: the directory's)")
+    add(
+        "--pack",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a memory pack; clients ask for MODEL/NAME, or MODEL/NAME+NAME for several",
+    )
+    add("--host", default="127.0.0.1", help="(default: %(default)s)")
+    add("--port", type=int, default=8000, help="(default: %(default)s)")
+    add(
+        "--memory",
+        choices=("on", "disk"),
+        default="on",
+        help="disk: rows stay in the files (default: %(default)s)",
+    )
+    add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
+    add("--threads", type=int, help="processor threads (default: all cores)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{missing[0]} is not installed: pip install 'engram-lm[serve]'")
+    packs = [_pack(given) for given in arguments.pack]
+    import uvicorn
+    from rich.console import Console
+    from transformers import AutoTokenizer
+
+    from engram_lm.model.attach import attach
+    from engram_lm.model.pretrained import MemoryPreTrained
+    from engram_lm.serving.openai_server import OneModel, server
+
+    prepare(arguments.threads)
+    name = arguments.name or arguments.model.resolve().name
+    places = {}
+    if arguments.memory == "disk" or arguments.memory_budget is not None:
+        disk = "disk" if arguments.memory == "disk" else None
+        places = {"memory": disk, "memory_budget": arguments.memory_budget}
+    with opening(arguments.model):
+        model = open_model(arguments.model, places)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if packs and not isinstance(model, MemoryPreTrained):
+        attach(model, None, None)
+    elif packs and not hasattr(model, "load_pack"):
+        raise ConfigError(f"{type(model).__name__}: packs are for other families' decoders")
+    for pack, directory in packs:
+        model.load_pack(pack, directory, **places)
+    names = OneModel(name, model, tokenizer).names
+    console = Console(stderr=True)
+    console.print(f"serving {', '.join(names)} at http://{arguments.host}:{arguments.port}/v1")
+    application = server(name, model.eval(), tokenizer)
+    uvicorn.run(application, host=arguments.host, port=arguments.port, log_level="warning")
+
+
+def _pack(given: str) -> tuple[str, Path]:
+    name, equals, directory = given.partition("=")
+    if not name or not equals or not directory or "/" in name or "+" in name:
+        raise ConfigError(f"--pack {given}: NAME=DIR is needed, a name without / and +")
+    return name, Path(directory)
