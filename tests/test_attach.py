@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, attached, bare, memory, speak
-from tiny import VOCABULARY, canonical_map
+from tiny import VOCABULARY, canonical_map, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import engram_lm
@@ -85,6 +85,16 @@ def test_a_saved_model_is_opened_from_its_directory_alone_in_every_way(family, i
     decoder = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(decoder(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("make", [lambda: attached("llama"), lambda: tiny_model()])
+def test_the_auto_classes_open_a_model_with_its_rows_on_disk(make, ids, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    places = {"memory": "disk", "memory_budget": "1MB"}
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, **places)
+    assert opened.base_model.served is not None and opened.config.memory == model.config.memory
+    assert torch.equal(logits(opened, ids), logits(model, ids))
 
 
 def test_engram_generate_and_info_know_an_attached_model(ids, tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers.modeling_utils
 import transformers.utils.hub
+from families import attached
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -176,8 +177,9 @@ def test_the_card_says_what_the_model_is_and_leaves_your_own_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "# Mine"
 
 
+@pytest.mark.parametrize("make", [lambda: small_model(), lambda: attached("llama")])
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-def test_an_upload_holds_all_files_and_our_card(way, tmp_path, monkeypatch):
+def test_an_upload_holds_all_files_and_our_card(way, make, tmp_path, monkeypatch):
     uploaded = {}
 
     class Api:
@@ -197,9 +199,9 @@ def test_an_upload_holds_all_files_and_our_card(way, tmp_path, monkeypatch):
     for module in (transformers.modeling_utils, transformers.utils.hub):
         monkeypatch.setattr(module, "hf_api", Api)
     if way == "push_to_hub":
-        small_model().push_to_hub("somebody/tiny")
+        make().push_to_hub("somebody/tiny")
     else:
-        small_model().save_pretrained(tmp_path, push_to_hub=True, repo_id="somebody/tiny")
+        make().save_pretrained(tmp_path, push_to_hub=True, repo_id="somebody/tiny")
         assert {checked.state for checked in checksums.verify(tmp_path)} == {"whole", "unlisted"}
     assert set(uploaded) == FILES and card.MARK in uploaded["README.md"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
-from engram_lm.model.config import REMOTE_CODE, TABLE_DTYPES, memory_config
+from engram_lm.model.config import REMOTE_CODE, TABLE_DTYPES, from_dict, memory_config
 
 PREFIX = "Engram"
 """Of the names of our classes: EngramLlamaForCausalLM is LlamaForCausalLM with a memory."""
@@ -37,7 +37,7 @@ class _WithMemory:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Of what config.json holds."""
         record = {k: v for k, v in config_dict.items() if k not in _OF_THE_FILE}
-        return super().from_dict(record, **kwargs)  # type: ignore[misc]
+        return from_dict(super().from_dict, record, kwargs)  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds; `auto_map` is for those who have not imported this package."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ class EngramLMConfig(DeepseekV3Config):
         return {**super().to_diff_dict(), "auto_map": auto_map}
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of what config.json holds."""
+        return from_dict(super().from_dict, config_dict, kwargs)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: transformers would from now on copy this module beside every saved model."""
 
@@ -129,6 +135,19 @@ class EngramLMConfig(DeepseekV3Config):
                 f"memory layers {memory.specification.layers}: the model has layers 0 to "
                 f"{self.num_hidden_layers - 1} (zero-based)"
             )
+
+
+def from_dict(
+    read: Callable[..., Any], config_dict: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """What `read` makes of them. The Auto classes give a configuration all that they are called
+    with: memory="disk" says where rows are, and is left for the model."""
+    place = {"memory": options.pop("memory")} if isinstance(options.get("memory"), str) else {}
+    found = read(config_dict, **options)
+    if not options.get("return_unused_kwargs"):
+        return found
+    config, unused = found
+    return config, unused | place
 
 
 def memory_config(record: dict[str, Any]) -> MemoryConfig:
