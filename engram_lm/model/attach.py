@@ -12,12 +12,11 @@ from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.table import Table
 from engram_lm.model.attached import (
     CAUSAL_LMS,
-    AttachedDecoder,
     AttachedForCausalLM,
     attached_decoder,
     attached_model,
-    decoder_layers,
 )
+from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
 from engram_lm.model.cache import StateLayer
 from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.pretrained import MemoryPreTrained
