@@ -1,0 +1,65 @@
+"""The figure of recipes/retrofit.py: what an arm gains on the new domain, and what it forgets.
+
+Redrawn from the record alone: python recipes/retrofit_figure.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from retrofit_arms import ARMS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {
+    "memory": "#0072B2",
+    "lora_flops": "#E69F00",
+    "lora_parameters": "#D55E00",
+    "full": "#444444",
+    "memory_lora": "#56B4E9",
+}
+"""That colour-blind readers tell apart (Okabe and Ito)."""
+
+
+def draw(flat: dict[str, float], found: dict[str, Any], record: Path) -> None:
+    """Beside the record, as SVG and PNG. Small hollow points: the rates searched, one seed."""
+    figure, axis = plt.subplots(figsize=(5.6, 4.0))
+    first = next(iter(found.values()))
+    before = first["backbone"]
+    for arm, colour in COLOURS.items():
+        searched = sorted(first["searched"][arm], key=lambda each: each["lr"])
+        forgotten = [each["old_bpb"] - before["old_bpb"] for each in searched]
+        gained = [before["new_bpb"] - each["new_bpb"] for each in searched]
+        axis.plot(forgotten, gained, "o-", color=colour, mfc="white", ms=3, lw=0.6, alpha=0.6)
+        x, y = flat[f"{arm}_forgetting_mean"], flat[f"{arm}_gain_mean"]
+        axis.errorbar(
+            x,
+            y,
+            xerr=flat[f"{arm}_forgetting_sd"],
+            yerr=flat[f"{arm}_gain_sd"],
+            fmt="o",
+            color=colour,
+            ms=6,
+            lw=1,
+            capsize=2,
+        )
+        axis.annotate(
+            ARMS[arm], (x, y), (6, -11), textcoords="offset points", fontsize=8, color=colour
+        )
+    axis.axvline(0, color="#999999", lw=0.6)
+    axis.margins(x=0.25, y=0.12)
+    axis.set_xlabel("forgetting: bits per byte more on WordNet than the backbone")
+    axis.set_ylabel("gain: bits per byte fewer on docstrings")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    for suffix in (".svg", ".png"):
+        figure.savefig(record.with_suffix(suffix), dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    path = Path("results/retrofit.json")
+    record = json.loads(path.read_text())
+    draw(record["summary"], record["raw"]["runs"], path)
