@@ -13,7 +13,7 @@ try:
         EngramLMModel,
     )
 except ModuleNotFoundError as error:
-    if error.name != "engram_lm":
+    if (error.name or "").partition(".")[0] != "engram_lm":
         raise
     raise ImportError("the code of this model is a package: pip install engram-lm") from error
 
