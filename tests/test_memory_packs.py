@@ -1,17 +1,21 @@
 """Several memories on one backbone: saved apart, chosen request by request, stacked, on disk."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import attached, bare, memory, speak
+from safetensors import safe_open
 from tiny import canonical_map, phrases
 from transformers import DynamicCache
 
 import engram_lm
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.lookup import Memory
+from engram_lm.model import memory_pack
 
 # float32 through four layers: sums of a batch are taken in another order than those of one text.
 TOLERANCE = 1e-4
@@ -188,10 +192,22 @@ def test_packs_stand_beside_a_memory_of_the_models_own_and_are_switched(saved, i
     assert torch.equal(logits(model, ids), logits(bare("llama"), ids))
 
 
-def test_rows_of_a_pack_may_stay_on_disk(saved, ids):
+def test_rows_of_a_pack_may_stay_on_disk(saved, ids, monkeypatch):
     model = engram_lm.attach(bare("llama"), None, None)
+    taken = set()
+
+    @contextmanager
+    def watched(*arguments):
+        with safe_open(*arguments) as file:
+            get = file.get_tensor
+            yield SimpleNamespace(
+                keys=file.keys, get_tensor=lambda key: taken.add(key.split(".")[0]) or get(key)
+            )
+
+    monkeypatch.setattr(memory_pack, "safe_open", watched)
     for name in ("law", "code"):
         model.load_pack(name, saved["llama", name][1], memory="disk", memory_budget="1MB")
+    assert taken == {"layers", "seal"}  # no table, which may be larger than memory
     whole = engram_lm.attach(bare("llama"), None, None)
     for name in ("law", "code"):
         whole.load_pack(name, saved["llama", name][1])

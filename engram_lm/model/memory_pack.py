@@ -10,7 +10,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from engram_lm.auto import PACK
@@ -28,6 +29,8 @@ from engram_lm.model.checksums import SPECIFICATION
 from engram_lm.model.seal import Seal
 from engram_lm.store.weights import SINGLE
 
+TABLES = "tables."
+"""What names of table weights begin with."""
 _BACKBONE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 """What a pack's backbone must have in common with the one that it was trained on."""
 
@@ -86,13 +89,17 @@ class MemoryPack(nn.Module):
             raise DataError(f"{path}: {damaged[0]}")
         kind = MemoryConfig.from_dict(record["memory"])
         pack = cls(kind, config.hidden_size, CanonicalMap.load(path / CANONICAL_MAP))
-        weights = load_file(path / SINGLE)
+        with safe_open(path / SINGLE, "pt") as file:  # tables on disk are not read here
+            weights = {
+                key: file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118
+                if budget is None or not key.startswith(TABLES)
+            }
         if budget is None:
             for layer in kind.specification.layers:
-                stored = weights[f"tables.{layer}.weight"]
+                stored = weights[f"{TABLES}{layer}.weight"]
                 pack.tables[str(layer)] = Table(*stored.shape, dtype=stored.dtype)
         else:
-            weights = {key: value for key, value in weights.items() if "tables." not in key}
             pack.served = serve.open_rows(kind, path, tables, budget)
             weakref.finalize(pack, pack.served.close)
         pack.seal.set(pack.addresses.specification.digest)
@@ -127,11 +134,10 @@ def save_pack(model: Any, directory: str | os.PathLike[str]) -> None:
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     (path / checksums.FILE_NAME).unlink(missing_ok=True)
-    wanted = ("tables.", "seal.")
     weights = {
         key: value.detach().cpu().contiguous()
         for key, value in decoder.state_dict().items()
-        if key.startswith(wanted) or ".engram." in key
+        if key.startswith((TABLES, "seal.")) or ".engram." in key
     }
     renamed = {_layer_name(key): value for key, value in weights.items()}
     aside = path / "weights.partial"
