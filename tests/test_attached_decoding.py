@@ -44,7 +44,7 @@ def bare_deviation(family: str, way: str, ids: torch.Tensor) -> float:
         return float("inf")
 
 
-LONG = set(FAMILIES) - {"llama", "gemma3", "deepseek_v3", "qwen3_next"}
+LONG = set(FAMILIES) - {"llama", "qwen3_next"}
 """Families whose tracing waits for `pytest -m long`; it takes ten seconds each."""
 CELLS = [
     pytest.param(family, way, marks=pytest.mark.long)

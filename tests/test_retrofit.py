@@ -22,6 +22,7 @@ from engram_lm.train import corpus
 from engram_lm.train.batches import Batches
 
 pytestmark = [
+    pytest.mark.long,  # a small study: forty seconds, for each worker of xdist that takes a part
     # transformers' new name for what PEFT still calls by the old one.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
 ]
