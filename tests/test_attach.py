@@ -203,12 +203,46 @@ def other(name: str, **sizes):
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+def said(name: str, value):
+    """A model whose configuration says this of it."""
+    model = bare("llama")
+    setattr(model.config, name, value)
+    return model
+
+
+OTHERS = {
+    "GPT2LMHead": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4)
+    ),
+    "Gemma2": lambda: other(
+        "Gemma2", head_dim=8, intermediate_size=48, num_key_value_heads=2, **HEADS
+    ),
+    "Phi3": lambda: other("Phi3", pad_token_id=1, intermediate_size=48, **HEADS),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_further_families_are_given_a_memory_and_saved_with_it(name, ids, tmp_path):
+    model = OTHERS[name]().eval()
+    before = logits(model, ids)
+    engram_lm.attach(model, canonical_map(), memory())
+    assert torch.equal(logits(model, ids), before)
+    speak(model)
+    after = logits(model, ids)
+    assert not torch.equal(after, before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), after)
+
+
 REFUSED = {
     "bloom": (lambda: other("Bloom", n_head=4), "was not handed its memory"),
     "opt": (
         lambda: other("OPT", ffn_dim=32, word_embed_proj_dim=32, **HEADS),
         "0 lists of 4 decoder layers",
     ),
+    "falcon": (lambda: other("Falcon", **HEADS), "was not handed its memory"),
+    "shared": (lambda: said("num_kv_shared_layers", 1), "whose every layer has a cache of its own"),
+    "encoder": (lambda: said("is_encoder_decoder", True), "a decoder is needed"),
     "mamba": (lambda: other("Mamba"), "no layer has attention"),
     "decoder": (lambda: bare("llama").model, "not the class that AutoModelForCausalLM opens"),
     "module": (lambda: torch.nn.Linear(2, 2), "attach before PEFT"),
@@ -236,6 +270,9 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(tmp_path):
         engram_lm.attach(bare("llama", vocab_size=40), canonical_map(), memory())
     with pytest.raises(ConfigError, match="table_dtype='int8'"):
         engram_lm.attach(bare("llama"), canonical_map(), memory(), table_dtype="int8")
+    bare("llama").save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match="a 'llama' without memory"):
+        engram_lm.AttachedForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no memory was attached"):
         engram_lm.detach(bare("llama"))
     assert type(model) is transformers.LlamaForCausalLM

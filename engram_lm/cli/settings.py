@@ -79,12 +79,12 @@ def open_model(directory: Path, places: dict[str, Any]) -> Any:
     """A causal language model: with its memory, in these places, or one that has none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from engram_lm.model.attached import CAUSAL_LMS
+    from engram_lm.model.attached import AttachedForCausalLM
 
     config: Any = AutoConfig.from_pretrained(directory)
     if not hasattr(config, "memory_config"):
         return AutoModelForCausalLM.from_pretrained(directory)
-    return CAUSAL_LMS[type(config)].from_pretrained(directory, **places)
+    return AttachedForCausalLM.from_pretrained(directory, **places)
 
 
 def prepare(threads: int | None) -> Any:

@@ -120,7 +120,7 @@ class Harness:
 
 @cache
 def _manager(include: Path | None, builtin: bool) -> Any:
-    """lm_eval's list of tasks. Its own are 14,000 files, read in 16 seconds."""
+    """lm_eval's list of tasks. Its own are many files, whose reading takes seconds."""
     from lm_eval.tasks import TaskManager
 
     paths: Any = [TASKS, *([] if include is None else [include])]

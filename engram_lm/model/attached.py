@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.model.attached_config import BACKBONE, MODEL_TYPE, PREFIX, attached_config
 from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
 from engram_lm.model.directory import HUB
@@ -71,24 +71,24 @@ class AttachedForCausalLM(MemoryPreTrained, EngramLMGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path: Any, *inputs: Any, **kwargs: Any) -> Any:
-        """See MemoryPreTrained.from_pretrained; called here, it opens any attached model."""
+        """See MemoryPreTrained.from_pretrained; called here, it opens any model of ours.
+
+        MismatchError for a directory whose model has no place for a memory.
+        """
         if cls is AttachedForCausalLM:
             hub = {name: kwargs[name] for name in HUB if name in kwargs}
             config = AutoConfig.from_pretrained(kwargs.get("config") or path, **hub)
+            if not hasattr(config, "memory_config"):
+                raise MismatchError(f"{path}: a {config.model_type!r} without memory")
             cls = CAUSAL_LMS[type(config)]
             return cls.from_pretrained(path, *inputs, **kwargs)
         return super().from_pretrained(path, *inputs, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers; packs: as for forward, one choice for each prompt."""
-        prompts = next(
-            (
-                e
-                for e in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds")))
-                if e is not None
-            ),
-            None,
-        )
+        prompts = inputs
+        for name in ("input_ids", "inputs_embeds"):
+            prompts = kwargs.get(name) if prompts is None else prompts
         on_BP = None
         if prompts is not None:
             decoder: Any = self.base_model
