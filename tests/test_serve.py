@@ -160,6 +160,7 @@ def test_a_text_ends_where_the_context_does(client):
         (["--pack", "law"], "--pack law: NAME=DIR is needed"),
         (["--pack", "law=/nowhere"], "/nowhere/config.json: No such file or directory"),
         (["--memory", "disk"], "memory='disk'"),
+        (["--memory-budget", "1MB"], "this model has no memory, and no pack"),
         (["--threads", "0"], "threads=0: at least 1"),
     ],
 )

@@ -57,17 +57,18 @@ def run(arguments: argparse.Namespace) -> None:
     with opening(arguments.model):
         model = open_model(arguments.model, places)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if places and not packs and not isinstance(model, MemoryPreTrained):
+        raise ConfigError(f"--memory {arguments.memory}: this model has no memory, and no pack")
     if packs and not isinstance(model, MemoryPreTrained):
         attach(model, None, None)
     elif packs and not hasattr(model, "load_pack"):
         raise ConfigError(f"{type(model).__name__}: packs are for other families' decoders")
     for pack, directory in packs:
         model.load_pack(pack, directory, **places)
-    names = OneModel(name, model, tokenizer).names
-    console = Console(stderr=True)
-    console.print(f"serving {', '.join(names)} at http://{arguments.host}:{arguments.port}/v1")
-    application = server(name, model.eval(), tokenizer)
-    uvicorn.run(application, host=arguments.host, port=arguments.port, log_level="warning")
+    models = OneModel(name, model.eval(), tokenizer)
+    where = f"http://{arguments.host}:{arguments.port}/v1"
+    Console(stderr=True).print(f"serving {', '.join(models.names)} at {where}")
+    uvicorn.run(server(models), host=arguments.host, port=arguments.port, log_level="warning")
 
 
 def _pack(given: str) -> tuple[str, Path]:

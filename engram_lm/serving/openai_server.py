@@ -40,7 +40,10 @@ class WithPacks:
 
 
 class OneModel(ModelManager):
-    """One open model under its name, and under one name for each choice of packs."""
+    """One open model under its name, and under one name for each choice of packs.
+
+    model: one of ours, attached with packs loaded, or any other.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         super().__init__(model_timeout=-1)
@@ -143,12 +146,9 @@ class Chat(ChatCompletionHandler):
         return await super().handle_request(body, request_id)
 
 
-def server(name: str, model: Any, tokenizer: Any) -> FastAPI:
-    """The application: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /health.
-
-    model: one of ours, or attached with packs loaded. A pack is chosen by the model's name.
-    """
-    models, state = OneModel(name, model, tokenizer), Turns()
+def server(models: OneModel) -> FastAPI:
+    """The application: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /health."""
+    state = Turns()
     application = build_server(
         models,
         Chat(models, state),
