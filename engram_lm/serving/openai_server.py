@@ -147,7 +147,7 @@ class Chat(ChatCompletionHandler):
 
 
 def server(models: OneModel) -> FastAPI:
-    """The application: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /health."""
+    """The application: completions, chat, responses and models under /v1, and /health."""
     state = Turns()
     application = build_server(
         models,
