@@ -1,10 +1,13 @@
 """`engram serve` asked by the openai client over loopback, as its users ask it."""
 
+import asyncio
+import copy
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +20,8 @@ from families import bare, memory, speak
 
 import engram_lm
 from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.serving.batched_requests import InBatches
+from engram_lm.serving.openai_server import OneModel
 from engram_lm.train import corpus
 
 PROMPT = "A city is a"
@@ -90,10 +95,11 @@ def client(url):
         yield client
 
 
-def wanted(model, packs, prompt=PROMPT, tokens=TOKENS) -> str:
+def wanted(model, packs, prompt=PROMPT, tokens=TOKENS, stop=None) -> str:
     tokenizer = corpus.tokenizer()
     inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**inputs, packs=[packs], max_new_tokens=tokens, do_sample=False)
+    options = {"max_new_tokens": tokens, "stop_strings": stop, "tokenizer": tokenizer}
+    ids = model.generate(**inputs, packs=[packs], do_sample=False, **options)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -126,6 +132,55 @@ def test_two_requests_at_once_with_different_packs_get_each_its_own(client, mode
     assert answers == [wanted(model, NAMES[name]) for name in names]
 
 
+def test_requests_that_wait_are_generated_together(model, monkeypatch):
+    batches = []
+    generate = model.generate
+
+    def counted(ids_BT, **options):
+        batches.append(len(ids_BT))
+        return generate(ids_BT, **options)
+
+    monkeypatch.setattr(model, "generate", counted)
+    tokenizer = corpus.tokenizer()
+    manager, models = InBatches(3), OneModel("llama", model, tokenizer)
+    asked = [  # a prompt, its packs, tokens wanted, where it stops
+        ("A city is a", "llama/law", 12, None),
+        ("The longer of two prompts, with more tokens than", "llama/code", 5, None),
+        ("A", "llama", 9, None),
+        ("A river in Europe", "llama/law+code", 20, None),
+        ("A city is a", "llama/law", 12, ["e"]),
+    ]
+
+    async def all_at_once():
+        free = threading.Event()
+        manager.submit(free.wait)
+        tasks = []
+        for number, (prompt, name, tokens, stop) in enumerate(asked):
+            config = copy.deepcopy(model.generation_config)
+            config.update(max_new_tokens=tokens, do_sample=False, stop_strings=stop)
+            packed, _ = models.load_model_and_processor(name)
+            inputs = tokenizer(prompt, return_tensors="pt")
+            task = manager.generate_non_streaming(packed, tokenizer, inputs, config, str(number))
+            tasks.append(asyncio.ensure_future(task))
+        await asyncio.sleep(0)
+        assert len(manager.waiting) == len(asked)
+        tasks[2].cancel()
+        free.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    answers = asyncio.run(all_at_once())
+    assert batches == [3, 1, 1]
+    monkeypatch.undo()
+    assert isinstance(answers.pop(2), asyncio.CancelledError)
+    for (prompt, name, tokens, stop), (text, prompt_tokens, ids) in zip(
+        asked[:2] + asked[3:], answers, strict=True
+    ):
+        alone = wanted(model, NAMES[name], prompt, tokens, stop)
+        assert text == alone and len(ids) <= tokens, (prompt, name)
+        assert prompt_tokens == len(tokenizer(prompt)["input_ids"])
+    assert len(answers[3][2]) < 12  # it stopped at its word
+
+
 def test_a_cancelled_request_gives_way_to_the_next(client, model):
     stream = client.completions.create(
         model="llama/law", prompt=PROMPT, max_tokens=100, temperature=0, stream=True
@@ -138,8 +193,10 @@ def test_a_cancelled_request_gives_way_to_the_next(client, model):
 def test_a_prompt_that_is_too_long_and_a_name_that_is_not_served_are_told_in_one_line(client):
     long = "city " * 200
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError, match=r"tokens: the model's context is 128"):
+        with pytest.raises(openai.BadRequestError, match="tokens: 1 to 127 fit the model"):
             ask(client, "llama/law", long, stream=stream)
+        with pytest.raises(openai.BadRequestError, match="prompt of 0 tokens"):
+            ask(client, "llama/law", "", stream=stream)
     for name in ("llama/laws", "mistral", "llamas", "llama/"):
         with pytest.raises(openai.NotFoundError, match="served are llama, llama/law, llama/code"):
             ask(client, name)
@@ -162,6 +219,7 @@ def test_a_text_ends_where_the_context_does(client):
         (["--memory", "disk"], "memory='disk'"),
         (["--memory-budget", "1MB"], "this model has no memory, and no pack"),
         (["--threads", "0"], "threads=0: at least 1"),
+        (["--batch", "0"], "--batch 0: at least 1"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(directories, arguments, words, capsys):

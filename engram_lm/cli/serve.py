@@ -32,6 +32,12 @@ def options(add: Callable[..., Any]) -> None:
         help="disk: rows stay in the files (default: %(default)s)",
     )
     add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
+    add(
+        "--batch",
+        type=int,
+        default=8,
+        help="requests that are generated together at most (default: %(default)s)",
+    )
     add("--threads", type=int, help="processor threads (default: all cores)")
 
 
@@ -40,6 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} is not installed: pip install 'engram-lm[serve]'")
     packs = [_pack(given) for given in arguments.pack]
+    if arguments.batch < 1:
+        raise ConfigError(f"--batch {arguments.batch}: at least 1")
     import uvicorn
     from rich.console import Console
     from transformers import AutoTokenizer
@@ -68,7 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     models = OneModel(name, model.eval(), tokenizer)
     where = f"http://{arguments.host}:{arguments.port}/v1"
     Console(stderr=True).print(f"serving {', '.join(models.names)} at {where}")
-    uvicorn.run(server(models), host=arguments.host, port=arguments.port, log_level="warning")
+    application = server(models, arguments.batch)
+    uvicorn.run(application, host=arguments.host, port=arguments.port, log_level="warning")
 
 
 def _pack(given: str) -> tuple[str, Path]:

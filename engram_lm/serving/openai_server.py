@@ -1,8 +1,8 @@
 """transformers' OpenAI-compatible server, taught our models: which are served, and with what packs.
 
-Its own model manager finds an architecture by name inside transformers, where ours are not. One
-request is generated after another: its continuous batching pages attention, and a memory's state
-cannot follow there.
+Its own model manager finds an architecture by name inside transformers, where ours are not. Its
+continuous batching pages attention, and a memory's state cannot follow there: requests that wait
+are generated together instead, as rows of one batch.
 """
 
 from collections.abc import AsyncIterator
@@ -17,26 +17,12 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
-from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
+from transformers.cli.serving.utils import GenerationState, Modality
+
+from engram_lm.serving.batched_requests import InBatches, WithPacks
 
 SEPARATOR, STACKED = "/", "+"
 """Of model names: NAME/law reads the pack `law`, NAME/law+code both."""
-
-
-class WithPacks:
-    """A model as one model name asks for it: `generate` reads these packs."""
-
-    def __init__(self, model: Any, packs: tuple[str, ...]) -> None:
-        self.model, self.packs = model, packs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """For one prompt."""
-        if self.packs:
-            kwargs["packs"] = [self.packs]
-        return self.model.generate(*args, **kwargs)
 
 
 class OneModel(ModelManager):
@@ -95,44 +81,16 @@ class OneModel(ModelManager):
         """The process owns the model."""
 
 
-class InTurn(GenerateManager):
-    """Generates for one request after another, within the model's context."""
+class OneManager(GenerationState):
+    """The same one for all names of the model."""
 
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """HTTP 400 for a prompt that is too long."""
-        _fit(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The same."""
-        _fit(model, inputs, gen_config)
-        return await super().generate_non_streaming(
-            model, processor, inputs, gen_config, *args, **kwargs
-        )
-
-
-def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
-    limit, tokens = model.config.max_position_embeddings, inputs["input_ids"].shape[-1]
-    if tokens >= limit:
-        raise HTTPException(400, f"prompt of {tokens} tokens: the model's context is {limit}")
-    most = gen_config.max_new_tokens
-    gen_config.max_new_tokens = limit - tokens if most is None else min(most, limit - tokens)
-
-
-class Turns(GenerationState):
-    """One thread for all names of one model."""
-
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__()
-        self._in_turn = InTurn()
+        self._manager = InBatches(most)
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> InTurn:
-        """The same for every name."""
-        return self._in_turn
+    def get_manager(self, model_id: str, use_cb: bool = False) -> InBatches:
+        """Of every name."""
+        return self._manager
 
 
 class Chat(ChatCompletionHandler):
@@ -146,9 +104,12 @@ class Chat(ChatCompletionHandler):
         return await super().handle_request(body, request_id)
 
 
-def server(models: OneModel) -> FastAPI:
-    """The application: completions, chat, responses and models under /v1, and /health."""
-    state = Turns()
+def server(models: OneModel, most: int) -> FastAPI:
+    """The application: completions, chat, responses and models under /v1, and /health.
+
+    most: requests that are generated together.
+    """
+    state = OneManager(most)
     application = build_server(
         models,
         Chat(models, state),
