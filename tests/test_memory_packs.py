@@ -1,6 +1,7 @@
 """Several memories on one backbone: saved apart, chosen request by request, stacked, on disk."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ import pytest
 import torch
 from families import attached, bare, memory, speak
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import canonical_map, phrases
 from transformers import DynamicCache
 
 import engram_lm
+from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.lookup import Memory
 from engram_lm.model import memory_pack
@@ -245,6 +248,21 @@ def test_a_pack_is_small_and_whole_or_refused(saved, tmp_path):
         model.load_pack("law", copy)
     with pytest.raises(ConfigError, match="no memory to save"):
         engram_lm.save_pack(model, tmp_path / "none")
+
+
+def test_info_knows_a_pack_and_what_is_wrong_with_it(saved, tmp_path, capsys):
+    pack = shutil.copytree(saved["llama", "law"][1], tmp_path / "law")
+    assert main(["info", str(pack), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = load_file(pack / "model.safetensors")
+    assert found["model"]["architecture"] == "MemoryPack" and found["memory"]["layers"]
+    assert found["model"]["parameters"] == sum(
+        value.numel() for name, value in weights.items() if not name.startswith("seal.")
+    )
+    save_file({**weights, "tables.9.weight": torch.zeros(1)}, pack / "model.safetensors")
+    assert main(["info", str(pack)]) == 1
+    printed = capsys.readouterr().out
+    assert "are recorded" in printed and "no place for these weights: tables.9.weight" in printed
 
 
 def test_what_was_not_loaded_or_chosen_rightly_is_refused(saved, ids):

@@ -12,11 +12,11 @@ from rich.table import Table as Grid
 
 from engram_lm.errors import DataError
 
-HELP = "Say what a saved model's directory holds and whether it is whole (exit status 1 if not)."
+HELP = "Say what a saved model or memory pack holds and whether it is whole (exit status 1 if not)."
 
 
 def options(add: Callable[..., Any]) -> None:
-    add("directory", type=Path, metavar="DIR", help="where save_pretrained wrote")
+    add("directory", type=Path, metavar="DIR", help="where save_pretrained or save_pack wrote")
 
 
 def run(arguments: argparse.Namespace) -> int:

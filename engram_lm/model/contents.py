@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig
 
-from engram_lm.auto import CONFIGURATIONS
+from engram_lm.auto import CONFIGURATIONS, PACK
+from engram_lm.config import MemoryConfig
 from engram_lm.errors import DataError, EngramError
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.memory.canonical import CanonicalMap
@@ -21,6 +24,7 @@ from engram_lm.model import checksums
 from engram_lm.model.attached import CAUSAL_LMS, DECODERS
 from engram_lm.model.checksums import SPECIFICATION, Checked
 from engram_lm.model.directory import UNREADABLE, compare, first
+from engram_lm.model.memory_pack import MemoryPack, record_of
 from engram_lm.model.seal import digest
 
 _KINDS = (CAUSAL_LMS, DECODERS)
@@ -28,7 +32,7 @@ _KINDS = (CAUSAL_LMS, DECODERS)
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """One saved model. Whole: every file is the one that was saved, and all are of one model."""
+    """One saved model or memory pack. Whole: every file is as it was saved, and all are of one."""
 
     directory: str
     model: dict[str, Any]
@@ -50,7 +54,7 @@ class Contents:
 
 def read(directory: Path) -> Contents:
     """Looks at every file. DataError where there is no saved model of ours at all."""
-    _check_kind(directory)
+    kind = _kind(directory)
     problems: list[str] = []
     try:
         files = checksums.verify(directory)
@@ -62,8 +66,8 @@ def read(directory: Path) -> Contents:
     memory, tokenizer = None, "none"
     tensors = _tensors(directory, problems)
     with _noting(problems, "config.json"):
-        config = AutoConfig.from_pretrained(directory)
-        model = _model(config, tensors, problems)
+        config, empty = _pack(directory) if kind == PACK else _empty(directory)
+        model = _model(config, empty, tensors, problems)
         memory = _memory(directory, config, tensors, problems)
         tokenizer = _tokenizer(directory, config, problems)
     return Contents(
@@ -76,7 +80,8 @@ def read(directory: Path) -> Contents:
     )
 
 
-def _check_kind(directory: Path) -> None:
+def _kind(directory: Path) -> str | None:
+    """What config.json says; None where it says nothing."""
     if (directory / "model" / "config.json").is_file():
         raise DataError(f"{directory}: a training run; the model it saved is {directory / 'model'}")
     path = directory / "config.json"
@@ -87,10 +92,13 @@ def _check_kind(directory: Path) -> None:
     try:
         kind = json.loads(path.read_text()).get("model_type")
     except (ValueError, AttributeError):
-        return  # said in one line when the configuration is read
-    if kind not in CONFIGURATIONS:
-        accepted = " or ".join(map(repr, CONFIGURATIONS))
-        raise DataError(f"{directory}: a model of type {kind!r}, not {accepted}")
+        return None  # said in one line when the configuration is read
+    accepted = (*CONFIGURATIONS, PACK)
+    if kind not in accepted:
+        raise DataError(
+            f"{directory}: a model of type {kind!r}, not {' or '.join(map(repr, accepted))}"
+        )
+    return str(kind)
 
 
 @contextmanager
@@ -138,12 +146,31 @@ def _header(path: Path) -> dict[str, _Tensor]:
         }
 
 
-def _model(config: Any, tensors: dict[str, _Tensor], problems: list[str]) -> dict[str, Any]:
+def _empty(directory: Path) -> tuple[Any, nn.Module]:
+    """A saved model's configuration, and the model on the meta device."""
+    config = AutoConfig.from_pretrained(directory)
     kinds = {kind[type(config)].__name__: kind[type(config)] for kind in _KINDS}
     architecture = (config.architectures or list(kinds))[0]
     with torch.device("meta"):
-        model = kinds.get(architecture, _KINDS[0][type(config)])(config)
-    tied = model.all_tied_weights_keys
+        return config, kinds.get(architecture, _KINDS[0][type(config)])(config)
+
+
+def _pack(directory: Path) -> tuple[Any, nn.Module]:
+    """The same of a memory pack; what is said of its backbone stands for a configuration."""
+    record = record_of(directory)
+    memory = MemoryConfig.from_dict(record["memory"])
+    config = SimpleNamespace(**record["backbone"], architectures=None, memory_config=memory)
+    canonical = CanonicalMap.load(directory / CANONICAL_MAP)
+    with torch.device("meta"):
+        pack = MemoryPack(memory, config.hidden_size, canonical)
+        pack.hold_tables(memory, [torch.float32] * len(memory.specification.layers))
+    return config, pack
+
+
+def _model(
+    config: Any, model: nn.Module, tensors: dict[str, _Tensor], problems: list[str]
+) -> dict[str, Any]:
+    tied: Any = getattr(model, "all_tied_weights_keys", ())
     expected = {name: value for name, value in model.state_dict().items() if name not in tied}
     for name, value in expected.items():
         if name in tensors and tensors[name].shape != tuple(value.shape):
@@ -163,7 +190,7 @@ def _model(config: Any, tensors: dict[str, _Tensor], problems: list[str]) -> dic
         if name in parameters:
             dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return {
-        "architecture": architecture,
+        "architecture": (config.architectures or [type(model).__name__])[0],
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "streams": getattr(config, "streams", 1),

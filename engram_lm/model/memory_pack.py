@@ -7,9 +7,11 @@ specification and checksums.
 import json
 import os
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -77,7 +79,7 @@ class MemoryPack(nn.Module):
         """
         path = Path(directory)
         budget = serve.budget_of(memory, memory_budget, tables)
-        record = _record(path)
+        record = record_of(path)
         for name in _BACKBONE:
             if record["backbone"][name] != getattr(config, name):
                 raise MismatchError(
@@ -96,15 +98,22 @@ class MemoryPack(nn.Module):
                 if budget is None or not key.startswith(TABLES)
             }
         if budget is None:
-            for layer in kind.specification.layers:
-                stored = weights[f"{TABLES}{layer}.weight"]
-                pack.tables[str(layer)] = Table(*stored.shape, dtype=stored.dtype)
+            pack.hold_tables(
+                kind,
+                [weights[f"{TABLES}{layer}.weight"].dtype for layer in kind.specification.layers],
+            )
         else:
             pack.served = serve.open_rows(kind, path, tables, budget)
             weakref.finalize(pack, pack.served.close)
         pack.seal.set(pack.addresses.specification.digest)
         pack.load_state_dict(weights)
         return pack.requires_grad_(False).eval()
+
+    def hold_tables(self, memory: MemoryConfig, dtypes: Iterable[torch.dtype]) -> None:
+        """Makes room for each layer's table."""
+        for layer, dtype in zip(memory.specification.layers, dtypes, strict=True):
+            rows = memory.specification.table_rows(layer)
+            self.tables[str(layer)] = Table(rows, memory.head_dim, dtype=dtype)
 
     @property
     def memory(self) -> Memory:
@@ -157,7 +166,8 @@ def _layer_name(key: str) -> str:
     return key if ".engram." not in key else f"layers.{key.split('.', 1)[1]}"
 
 
-def _record(path: Path) -> dict[str, Any]:
+def record_of(path: Path) -> dict[str, Any]:
+    """config.json: model_type, backbone, memory. DataError where it is not a pack's."""
     try:
         record = json.loads((path / "config.json").read_text())
         if record["model_type"] != PACK:
