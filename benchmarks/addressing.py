@@ -27,12 +27,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from engram_lm import corpus
 from engram_lm.config import paper
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.ngrams_numba import CompiledAddresses
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 from engram_lm.train.allocator import keep_freed_memory
 
 B, T = 16, 4096

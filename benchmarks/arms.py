@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engram_lm import corpus
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.studies.demo import ARMS, make_model
-from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run
+from engram_lm.train.text import wordnet_stream
 
 
 @contextmanager
@@ -25,8 +26,8 @@ def both_arms(steps: int) -> Iterator[dict[str, Run]]:
                 tokenizer,
                 config,
                 Path(directory) / preset,
-                training=corpus.stream("train", config.tokens + 1),
-                validation=corpus.stream("validation", 1000),
+                training=wordnet_stream("train", config.tokens + 1),
+                validation=wordnet_stream("validation", 1000),
             )
             for name, preset in ARMS.items()
         }

@@ -36,6 +36,7 @@ from policies import Hits, Rows, Trace, clock, in_sets, optimal, slru, tiny_lfu
 from rich.console import Console
 from rich.progress import Progress
 
+from engram_lm import corpus
 from engram_lm.analysis.figures import BLUE, GRID, INK, VERMILION, save
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.ngrams import Addresses
@@ -43,7 +44,6 @@ from engram_lm.memory.ngrams_numba import CompiledAddresses
 from engram_lm.memory.specification import Specification
 from engram_lm.store.sets import PROBATION
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 from engram_lm.train.shards import Shards
 
 ORDERS, HEADS, LAYERS = (2, 3, 4), 8, (1, 14)

@@ -46,9 +46,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import engram_lm
-from engram_lm import CanonicalMap, JointOptimizer, MemoryConfig, Specification
+from engram_lm import CanonicalMap, JointOptimizer, MemoryConfig, Specification, corpus
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 
 ARMS = ("bare", "ours", "peft", "peft_dense")
 COLUMNS = {

@@ -41,6 +41,7 @@ from offload_figure import draw, ratio, summarize
 from rich.progress import track
 from torch import Tensor
 
+from engram_lm import corpus
 from engram_lm.config import deepseek_v41
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.rows import RowFormat
@@ -52,7 +53,6 @@ from engram_lm.store.disk import Disk
 from engram_lm.store.packed import Label
 from engram_lm.store.source import open_sources
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 
 FORMAT = RowFormat(dtype=torch.float8_e4m3fn, dim=256, scale_group=32)
 BACKBONES = {"0.3B": (1024, 3328, 16), "1.2B": (2048, 5888, 32)}

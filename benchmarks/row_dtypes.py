@@ -20,12 +20,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from engram_lm import corpus
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.memory.rows import DTYPES, RowFormat
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
+from engram_lm.train.text import wordnet_stream
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         arguments.model, tokenizer=str(corpus.tokenizer_file())
     )
     stored = {layer: table.weight.detach().clone() for layer, table in model.model.tables.items()}
-    text = corpus.stream("validation", arguments.tokens)
+    text = wordnet_stream("validation", arguments.tokens)
     tokens, size = text.judged(arguments.tokens)
     to_bpb = 1 / math.log(2) / size
 

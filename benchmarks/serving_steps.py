@@ -27,6 +27,7 @@ import torch
 from serving_check import check
 from torch import Tensor
 
+from engram_lm import corpus
 from engram_lm.config import FusionConfig, MemoryConfig
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.lookup import Memory, Pending
@@ -37,7 +38,6 @@ from engram_lm.memory.window import Window
 from engram_lm.model import EngramLMConfig, EngramLMForCausalLM
 from engram_lm.store.cache import Cache
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 
 BUDGETS = {"cached": "154MB", "disk": "15MB", "sync": "15MB"}
 ARMS = ("ram", *BUDGETS)

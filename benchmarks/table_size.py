@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from engram_lm import corpus
 from engram_lm.analysis.figures import BLUE, INK, VERMILION, save
 from engram_lm.errors import ConfigError
 from engram_lm.memory.canonical import CanonicalMap
@@ -35,10 +36,10 @@ from engram_lm.memory.window import Window
 from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run
+from engram_lm.train.text import wordnet_stream
 
 AIM = 1.25
 DRAWS = ("text", "uniform")
@@ -82,8 +83,8 @@ class Size:
             tokenizer,
             config,
             out,
-            training=corpus.stream("train", config.tokens + 1),
-            validation=corpus.stream("validation", 1000),
+            training=wordnet_stream("train", config.tokens + 1),
+            validation=wordnet_stream("validation", 1000),
         )
         rows = self.run.optimizers.rows
         assert rows is not None

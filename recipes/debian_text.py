@@ -24,8 +24,8 @@ import debian_prose as prose
 from rich.console import Console
 from rich.progress import track
 
+from engram_lm import corpus
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 from engram_lm.train.encoder import Encoder
 from engram_lm.train.prepare import Request, prepare
 

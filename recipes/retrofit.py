@@ -54,10 +54,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_model, save_model
 
-from engram_lm import CanonicalMap
+from engram_lm import CanonicalMap, corpus
 from engram_lm.errors import DataError
 from engram_lm.studies.record import Record
-from engram_lm.train import corpus
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.console import Display

@@ -27,13 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import engram_lm
-from engram_lm import CanonicalMap, JointOptimizer, MemoryConfig, Specification
+from engram_lm import CanonicalMap, JointOptimizer, MemoryConfig, Specification, corpus
 from engram_lm.errors import ConfigError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.table import Table
 from engram_lm.model.budget import memory_components
-from engram_lm.train import corpus
 from engram_lm.train.batches import Batch, Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.freeze import freeze

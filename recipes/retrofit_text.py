@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from engram_lm.train import corpus
+from engram_lm import corpus
 from engram_lm.train.encoder import Encoder
 
 PARTS = ("train", "validation", "test")

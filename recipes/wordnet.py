@@ -1,4 +1,4 @@
-"""The corpus that ships in `engram_lm/train/wordnet`: one prose document per WordNet 3.0 synset.
+"""The corpus that ships in `engram_lm/wordnet`: one prose document per WordNet 3.0 synset.
 
 In: WordNet 3.0's database files (data.noun, data.verb, data.adj, data.adv). Debian carries them:
 
@@ -31,7 +31,7 @@ from wordnet_prose import Document, render
 TOKEN_IDS = 8_192
 SPECIALS = ("<|endoftext|>", "<|pad|>")
 VALIDATION_ONE_IN = 50
-OUTPUT = Path(__file__).resolve().parents[1] / "engram_lm" / "train" / "wordnet"
+OUTPUT = Path(__file__).resolve().parents[1] / "engram_lm" / "wordnet"
 
 
 def in_words(text: str) -> str:

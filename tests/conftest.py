@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from engram_lm import corpus
 from engram_lm.memory.canonical import CanonicalMap
-from engram_lm.train import corpus
 from engram_lm.train.encoder import Encoder
 from engram_lm.train.prepare import Request, prepare
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from engram_lm import corpus
 from engram_lm.analysis.bands import BANDS, bands, count_ngrams, loss_by_band
 from engram_lm.analysis.compare import PROMPTS, SENTENCES, Arm, compare
 from engram_lm.analysis.from_disk import from_disk
@@ -25,7 +26,6 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 from engram_lm.model import EngramLMConfig, EngramLMForCausalLM
 from engram_lm.model.budget import ledger
-from engram_lm.train import corpus
 
 HOSTILE = '<script>alert("1")</script> & </p>\n\t\x00'
 TEXTS = ["New York is a city.", "Zürich, 世界 e\u0301 👩🏽‍🚀!", "  two  spaces \r\n ", HOSTILE]

@@ -14,10 +14,10 @@ from tiny import VOCABULARY, canonical_map, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import engram_lm
+from engram_lm import corpus
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.model.contents import read
-from engram_lm.train import corpus
 
 
 @pytest.fixture

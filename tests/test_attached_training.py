@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 from trl import SFTConfig, SFTTrainer
 
 import engram_lm
-from engram_lm import EngramCallback, JointOptimizer, MemoryConfig, Specification
+from engram_lm import EngramCallback, JointOptimizer, MemoryConfig, Specification, corpus
 from engram_lm.errors import AddressError, ConfigError
-from engram_lm.train import corpus
 from engram_lm.train.freeze import freeze
 
 pytestmark = [

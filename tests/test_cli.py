@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import DEEPSEEK_TOKENIZER
 
+from engram_lm import corpus
 from engram_lm.cli import main, parser
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
-from engram_lm.train import corpus
 
 
 def run(capsys, *arguments: str) -> dict:

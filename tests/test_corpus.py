@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from engram_lm import corpus
 from engram_lm.errors import DataError
-from engram_lm.train import corpus
 
 ASSETS = corpus.tokenizer_file().parent
 

@@ -20,11 +20,12 @@ from test_train import final, states_equal
 from tiny import tiny_model
 from tokenizers import Tokenizer
 
+from engram_lm import corpus
 from engram_lm.cli import main
 from engram_lm.errors import DataError, MismatchError
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.positions import packed_positions
-from engram_lm.train import corpus, shards
+from engram_lm.train import shards
 from engram_lm.train.batches import Batches
 from engram_lm.train.digests import Digests
 from engram_lm.train.documents import parts

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import _factory
 
 import engram_lm
+from engram_lm import corpus
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate import harness as harnesses
@@ -28,7 +29,6 @@ from engram_lm.evaluate.tasks import wordnet
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
-from engram_lm.train import corpus
 
 KINDS = ("ours", "attached")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -272,7 +272,7 @@ def test_definitions_are_held_out_and_the_same_on_every_machine():
     splits = wordnet.definitions()
     rows = list(splits["test"])
     text = "\n".join(corpus.documents("validation"))
-    known = "\n".join(wordnet._documents("train", wordnet.EXAMPLES))
+    known = "\n".join(corpus.documents("train")[: wordnet.EXAMPLES])
     assert len(rows) == 724 and len(splits["train"]) > 500
     for row in rows:
         assert len(set(row["choices"])) == 4

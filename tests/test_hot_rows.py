@@ -16,7 +16,7 @@ from table_files import trainable
 from test_data import TEXTS, jsonl, make
 from tiny import VOCABULARY, trained_model
 
-from engram_lm import EngramLMForCausalLM
+from engram_lm import EngramLMForCausalLM, corpus
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.canonical import CanonicalMap
@@ -28,7 +28,7 @@ from engram_lm.store.pack import pack
 from engram_lm.store.packed import Packed
 from engram_lm.store.sets import PROBATION, WAYS
 from engram_lm.store.source import open_sources
-from engram_lm.train import corpus, hot_rows
+from engram_lm.train import hot_rows
 from engram_lm.train.hot_rows import count_rows, hottest
 from engram_lm.train.shards import Shards
 

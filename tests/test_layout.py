@@ -16,6 +16,7 @@ FLOORS = {
     "memory": 1,
     "auto": 1,
     "config": 1,
+    "corpus": 1,
     "store": 2,
     "model": 3,
     "evaluate": 4,

@@ -68,7 +68,7 @@ def test_a_wheel_built_from_it_holds_the_package_tree_and_nothing_else(sdist, tm
         metadata = wheel.read("engram_lm-0.1.0.dist-info/METADATA").decode()
         licenses = {name.split("licenses/")[1] for name in wheel.namelist() if "licenses/" in name}
     assert names == package_files()
-    assert licenses == {"LICENSE", "engram_lm/train/wordnet/LICENSE"}
+    assert licenses == {"LICENSE", "engram_lm/wordnet/LICENSE"}
     assert "Requires-Dist: transformers<6,>=5.23" in metadata
 
 
@@ -93,7 +93,7 @@ def test_it_works_in_an_empty_environment(kind, source, sdist, tmp_path):
         return done.stdout
 
     engram = tmp_path / "empty" / "bin" / "engram"
-    tokenizer = "import engram_lm.train.corpus as c; print(c.tokenizer_file())"
+    tokenizer = "import engram_lm.corpus as c; print(c.tokenizer_file())"
     path = run(*python, "-c", tokenizer).strip()
     assert path.startswith(str(tmp_path / "empty"))
     rows = json.loads(

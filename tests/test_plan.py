@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from tiny import phrases, tiny_config, tiny_model
 
+from engram_lm import corpus
 from engram_lm.cli import main, parser
 from engram_lm.config import qwen4_exp
 from engram_lm.errors import ConfigError, DataError
@@ -30,11 +31,11 @@ from engram_lm.model.row_profile import (
     zipf_distinct,
 )
 from engram_lm.model.traffic import counted, exchanges, expected, owned
-from engram_lm.train import corpus
 from engram_lm.train.encoder import Encoder
 from engram_lm.train.optimizers import Optimizers
 from engram_lm.train.prepare import Request, prepare
 from engram_lm.train.row_samples import sampled_profile
+from engram_lm.train.text import wordnet_stream
 
 VARIANTS = [
     {},
@@ -151,7 +152,7 @@ def test_a_measured_profile_is_exact_where_it_was_measured(addresses):
 
 
 def test_beyond_its_sizes_a_profile_counts_too_many_rows_but_not_many(addresses):
-    stream = corpus.stream("train", 200_000)
+    stream = wordnet_stream("train", 200_000)
     sizes = {"context": 128, "batches": 4}
     small = sampled_profile(stream, addresses, sequences=(8, 16, 32), **sizes)
     large = sampled_profile(stream, addresses, sequences=(128,), **sizes)
@@ -163,7 +164,7 @@ def test_beyond_its_sizes_a_profile_counts_too_many_rows_but_not_many(addresses)
 def test_a_stream_that_is_too_short_for_a_batch_is_refused(addresses):
     with pytest.raises(DataError, match="fewer than the 9 sequences of 128"):
         sampled_profile(
-            corpus.stream("train", 1100), addresses, context=128, sequences=[9], batches=1
+            wordnet_stream("train", 1100), addresses, context=128, sequences=[9], batches=1
         )
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from traffic_worker import CONTEXT, SEQUENCES, config, text
 
+from engram_lm import corpus
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.model.cluster import Cluster, Job
 from engram_lm.model.plan import Plan, Sizes
 from engram_lm.model.row_profile import MeasuredProfile, Profile, measure
 from engram_lm.model.traffic import counted, exchanges, owned
-from engram_lm.train import corpus
 
 WORKERS = 4
 SHARE = SEQUENCES // WORKERS

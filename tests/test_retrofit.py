@@ -15,10 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engram_lm import detach
+from engram_lm import corpus, detach
 from engram_lm.errors import ConfigError
 from engram_lm.memory.table import Table
-from engram_lm.train import corpus
 from engram_lm.train.batches import Batches
 
 pytestmark = [

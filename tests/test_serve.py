@@ -19,10 +19,10 @@ import torch
 from families import bare, memory, speak
 
 import engram_lm
+from engram_lm import corpus
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.serving.batched_requests import InBatches
 from engram_lm.serving.openai_server import OneModel
-from engram_lm.train import corpus
 
 PROMPT = "A city is a"
 TOKENS = 12

@@ -11,6 +11,7 @@ import torch
 from conftest import DEEPSEEK_TOKENIZER
 from tokenizers import Tokenizer
 
+from engram_lm import corpus
 from engram_lm.analysis.collisions import collisions, rows_for, shared
 from engram_lm.analysis.ngram_counts import NgramCounter, OrderCounts
 from engram_lm.analysis.texts import pieces, token_ids
@@ -19,7 +20,6 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.specification import Specification
-from engram_lm.train import corpus
 
 PAD = object()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, canonical_map, phrases, tiny_config, tiny_model, trained_model
 
+from engram_lm import corpus
 from engram_lm.cli import main
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, DataError, MismatchError
@@ -17,7 +18,6 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 from engram_lm.model import EngramLMForCausalLM, contents
 from engram_lm.model.surgery import give_memory, readdress
-from engram_lm.train import corpus
 from engram_lm.train.freeze import freeze
 from engram_lm.train.journal import read_metrics
 from engram_lm.train.optimizers import Optimizers, groups

@@ -12,14 +12,16 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import CONFIG, small_model
 
+from engram_lm import corpus
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Gate
-from engram_lm.train import corpus, telemetry
+from engram_lm.train import telemetry
 from engram_lm.train.batches import Batches
 from engram_lm.train.console import Display
 from engram_lm.train.journal import read_metrics
 from engram_lm.train.loop import Run
 from engram_lm.train.shards import Packed, Split
+from engram_lm.train.text import wordnet_stream
 
 EXACT = replace(CONFIG, precision="fp32", tokens=4 * 4 * 32, checkpoint_every=2)
 
@@ -28,8 +30,8 @@ EXACT = replace(CONFIG, precision="fp32", tokens=4 * 4 * 32, checkpoint_every=2)
 def make_run():
     tokenizer = corpus.tokenizer()
     canonical = CanonicalMap.from_tokenizer(tokenizer)
-    training = corpus.stream("train", 2000)
-    validation = corpus.stream("validation", 200)
+    training = wordnet_stream("train", 2000)
+    validation = wordnet_stream("validation", 200)
 
     def make(out, config=EXACT) -> Run:
         model = small_model(canonical)

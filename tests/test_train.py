@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from engram_lm import corpus
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
-from engram_lm.train import checkpoint, corpus
+from engram_lm.train import checkpoint
 from engram_lm.train.batches import Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
 from engram_lm.train.loop import Run
 from engram_lm.train.stream import Continuous
+from engram_lm.train.text import wordnet_stream
 
 CONFIG = TrainConfig(
     tokens=8 * 4 * 32,
@@ -40,8 +42,8 @@ def parts():
     return (
         tokenizer,
         CanonicalMap.from_tokenizer(tokenizer),
-        corpus.stream("train", 3000),
-        corpus.stream("validation", 600),
+        wordnet_stream("train", 3000),
+        wordnet_stream("validation", 600),
     )
 
 

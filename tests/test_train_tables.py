@@ -12,16 +12,17 @@ from test_train import CONFIG, final, finish, losses, states_equal
 from tiny import phrases, tiny_model
 from torch import nn
 
+from engram_lm import corpus
 from engram_lm.cli import main
 from engram_lm.errors import MismatchError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
-from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
 from engram_lm.train.loop import Run
 from engram_lm.train.optimizers import Optimizers
+from engram_lm.train.text import wordnet_stream
 
 SMALL = replace(CONFIG, tokens=5 * 4 * 32, evaluate_every=100)
 
@@ -29,7 +30,7 @@ SMALL = replace(CONFIG, tokens=5 * 4 * 32, evaluate_every=100)
 @pytest.fixture(scope="module")
 def parts():
     tokenizer = corpus.tokenizer()
-    streams = {split: corpus.stream(split, 700) for split in corpus.SPLITS}
+    streams = {split: wordnet_stream(split, 700) for split in corpus.SPLITS}
     return tokenizer, CanonicalMap.from_tokenizer(tokenizer), streams
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from engram_lm import corpus
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
-from engram_lm.train import corpus
 from engram_lm.train.batches import Batch
 from engram_lm.train.exchange import Exchange
 from engram_lm.train.objective import Objective

@@ -51,10 +51,10 @@ def options(add: Callable[..., Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from engram_lm import corpus
     from engram_lm.analysis.collisions import collisions, rows_for
     from engram_lm.analysis.ngram_counts import NgramCounter
     from engram_lm.memory.canonical import CanonicalMap, backend_of, vocabulary_size
-    from engram_lm.train import corpus
 
     for name in ("tokens", "heads", "head_dim"):
         value = getattr(arguments, name)
@@ -157,8 +157,8 @@ def _progress() -> Any:
 
 
 def _wordnet() -> tuple[str, int, Iterator[Piece]]:
+    from engram_lm import corpus
     from engram_lm.analysis.texts import Piece
-    from engram_lm.train import corpus
 
     texts = corpus.documents("train")
     sizes = [len(text.encode()) for text in texts]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from engram_lm import corpus
 from engram_lm.analysis.compare import Arm, compare
 from engram_lm.analysis.report import write_report
 from engram_lm.analysis.results import DemoResults, TrainingLog
@@ -21,7 +22,6 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model.budget import ledger
 from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.model.presets import preset
-from engram_lm.train import corpus
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
 from engram_lm.train.loop import Run

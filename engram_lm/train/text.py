@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from engram_lm.train import corpus
+from engram_lm import corpus
 from engram_lm.train.encoder import Encoder
 from engram_lm.train.shards import Shards
 from engram_lm.train.stream import Continuous, Ids, Stream
@@ -23,6 +23,11 @@ class Text(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     encoder: Encoder | None
     """Of token shards; None for the WordNet corpus, whose ids the presets have."""
+
+
+def wordnet_stream(split: str, limit: int | None = None, *, seed: int = 0) -> Continuous:
+    """What `corpus.tokens` gives, as training reads it."""
+    return Continuous(corpus.tokens(split, limit, seed=seed).ids, corpus.token_bytes())
 
 
 def wordnet(tokens: int, workers: Workers) -> Text:

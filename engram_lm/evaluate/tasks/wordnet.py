@@ -1,19 +1,17 @@
 """What the WordNet tasks ask, made from the corpus that ships with the package.
 
-lm_eval calls these for the YAML files beside this one. The documents are those of
-`engram_lm.train.corpus`; models that it trained have not read its validation split.
+lm_eval calls these for the YAML files beside this one. Models that were trained on the corpus have
+not read its validation split.
 """
 
 import hashlib
-import lzma
 import re
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-CORPUS = Path(__file__).parents[2] / "train" / "wordnet"
+from engram_lm.corpus import documents
+
 ENTRY = re.compile(r'(The \w+ "[^"]+" (?:means|refers to)) (.+?[.!?]"?)(?= [A-Z]|$)')
 """A document that says what a word means: its opening, the gloss."""
 THING = re.compile(r"(a|an|the|any|one|someone|something|somebody|anyone|anything) ", re.I)
@@ -24,20 +22,15 @@ EXAMPLES = 2_000
 
 def prose(**_: Any) -> dict[str, Dataset]:
     """The validation split, a document a row."""
-    return {"test": Dataset.from_list([{"text": text} for text in _documents("validation")])}
+    return {"test": Dataset.from_list([{"text": text} for text in documents("validation")])}
 
 
 def definitions(**_: Any) -> dict[str, Dataset]:
     """Which of four glosses is the word's: held-out entries to test, others for examples."""
     return {
-        "train": Dataset.from_list(_questions(_documents("train", EXAMPLES))),
-        "test": Dataset.from_list(_questions(_documents("validation"))),
+        "train": Dataset.from_list(_questions(documents("train")[:EXAMPLES])),
+        "test": Dataset.from_list(_questions(documents("validation"))),
     }
-
-
-def _documents(split: str, limit: int | None = None) -> list[str]:
-    with lzma.open(CORPUS / f"{split}.txt.xz", "rt", encoding="utf-8") as file:
-        return [line.removesuffix("\n") for line in islice(file, limit)]
 
 
 def _questions(documents: list[str]) -> list[dict[str, Any]]:

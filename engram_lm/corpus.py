@@ -1,6 +1,6 @@
 """The corpus that ships with the package: WordNet 3.0 as prose, and its tokenizer.
 
-In: the files of `engram_lm/train/wordnet`, which `recipes/wordnet.py` made. Out: documents as
+In: the files of `engram_lm/wordnet`, which `recipes/wordnet.py` made. Out: documents as
 strings, or as one stream of token ids in which each document follows an `<|endoftext|>`.
 """
 
@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import DataError
-from engram_lm.train.stream import Continuous
 
 SPLITS = ("train", "validation")
 SEPARATOR = "<|endoftext|>"
@@ -42,13 +41,13 @@ def documents(split: str) -> list[str]:
     """Every document of "train" or "validation", in the file's fixed random order."""
     if split not in SPLITS:
         raise DataError(f"split={split!r}: the corpus has {' and '.join(map(repr, SPLITS))}")
-    packed = (files("engram_lm.train") / "wordnet" / f"{split}.txt.xz").read_bytes()
+    packed = (files("engram_lm") / "wordnet" / f"{split}.txt.xz").read_bytes()
     return lzma.decompress(packed).decode().removesuffix("\n").split("\n")
 
 
 def tokenizer_file() -> Path:
     """Where the shipped tokenizer.json lies."""
-    return Path(str(files("engram_lm.train") / "wordnet" / "tokenizer.json"))
+    return Path(str(files("engram_lm") / "wordnet" / "tokenizer.json"))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -101,8 +100,3 @@ def tokens(
             break
     stream = np.array(ids[:limit], dtype=np.uint16)
     return Tokens(ids=stream, bytes=int(token_bytes()[stream].sum()))
-
-
-def stream(split: str, limit: int | None = None, *, seed: int = 0) -> Continuous:
-    """The same token ids as training reads them."""
-    return Continuous(tokens(split, limit, seed=seed).ids, token_bytes())
