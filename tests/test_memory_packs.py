@@ -12,7 +12,7 @@ from families import attached, bare, memory, speak
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import canonical_map, phrases
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import engram_lm
 from engram_lm.cli import main
@@ -248,6 +248,26 @@ def test_a_pack_is_small_and_whole_or_refused(saved, tmp_path):
         model.load_pack("law", copy)
     with pytest.raises(ConfigError, match="no memory to save"):
         engram_lm.save_pack(model, tmp_path / "none")
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*Graph break:UserWarning")
+def test_compiled_steps_with_packs_are_what_they_are_at_once(saved, ids):
+    model = engram_lm.attach(bare("llama"), None, None)
+    for name in ("law", "code"):
+        model.load_pack(name, saved["llama", name][1])
+    torch.compiler.reset()
+    forward = torch.compile(model.forward, backend="eager")
+    cache = StaticCache(config=model.config, max_cache_len=2 * T)
+    found = []
+    for begin, end in [(0, 9), *((at, at + 1) for at in range(9, 13))]:
+        call = model.forward if begin == 0 else forward
+        positions = torch.arange(begin, end)[None]
+        options = {"past_key_values": cache, "position_ids": positions, "packs": CHOICES}
+        found.append(call(ids[:, begin:end], **options).logits)
+    torch.compiler.reset()
+    whole = logits(model, ids[:, :13], packs=CHOICES)
+    assert (torch.cat(found, dim=1) - whole).abs().max() < TOLERANCE
 
 
 def test_info_knows_a_pack_and_what_is_wrong_with_it(saved, tmp_path, capsys):
