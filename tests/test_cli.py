@@ -13,9 +13,25 @@ from conftest import DEEPSEEK_TOKENIZER
 
 from engram_lm import corpus
 from engram_lm.cli import main, parser
-from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.memory.canonical import CanonicalMap, backend_of
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure, nano_engram
+
+MAPS: dict[str, CanonicalMap] = {}
+
+
+@pytest.fixture(autouse=True)
+def mapped_once(monkeypatch):
+    """A canonical map of 129,280 tokens takes seconds: each tokenizer's is made once."""
+    make = CanonicalMap.from_tokenizer
+
+    def kept(tokenizer):
+        key = backend_of(tokenizer).to_str()
+        if key not in MAPS:
+            MAPS[key] = make(tokenizer)
+        return MAPS[key]
+
+    monkeypatch.setattr(CanonicalMap, "from_tokenizer", kept)
 
 
 def run(capsys, *arguments: str) -> dict:

@@ -65,8 +65,15 @@ def plain(model, ids):
     return logits, READ["rows"]
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
-@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize(
+    ("streams", "static"),
+    [
+        pytest.param(1, True, id="1-static"),
+        pytest.param(4, False, id="4-dynamic"),
+        pytest.param(1, False, id="1-dynamic", marks=pytest.mark.long),
+        pytest.param(4, True, id="4-static", marks=pytest.mark.long),
+    ],
+)
 def test_a_traced_decode_step_is_one_graph_that_serves_all_later_steps(ids, streams, static):
     model = trained_model(streams, True, 3)
     forward = torch.compile(model.forward, backend="eager", fullgraph=True)

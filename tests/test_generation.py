@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from rows_read import Calls, rows_read
-from tiny import DECODERS, phrases, tiny_model, trained_model
+from tiny import DECODERS, PAIRED, phrases, tiny_model, trained_model
 from transformers import DynamicCache, StaticCache
 
 # Scores are sums of log-probabilities over 16 tokens, each to the 1e-4 of test_decoding.
@@ -16,7 +16,10 @@ TOLERANCE = 1e-3
 T, NEW = 23, 16
 
 
-@pytest.fixture(scope="module", params=DECODERS)
+OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in DECODERS if name not in PAIRED]
+
+
+@pytest.fixture(scope="module", params=[*PAIRED, *OTHERS])
 def model(request):
     return trained_model(*DECODERS[request.param])
 

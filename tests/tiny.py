@@ -17,7 +17,10 @@ DECODERS = {
     f"streams{streams}-{'conv' if conv else 'noconv'}-N{longest}": (streams, conv, longest - 1)
     for streams, conv, longest in product([1, 4], [True, False], [3, 4])
 }
-"""Arguments of trained_model for the eight models that every way of decoding is tested on."""
+"""Arguments of trained_model for the eight models that decoding is tested on."""
+
+PAIRED = ("streams1-conv-N3", "streams1-noconv-N4", "streams4-conv-N4", "streams4-noconv-N3")
+"""Four in which any two settings meet."""
 
 
 def canonical_map(seed: int = 0) -> CanonicalMap:
