@@ -117,7 +117,9 @@ class Study:
             "ranks": {arm: sizes.rank(arm) for arm in sizes.ranks},
             "rank_limited_by_width": [arm for arm, r in sizes.ranks.items() if r > sizes.width],
         }
-        settings = json.dumps(self.facts, sort_keys=True).encode()
+        # A run's own rate is in its file's name: where the search began makes no other run.
+        of_runs = {name: value for name, value in self.facts.items() if name != "first_rates"}
+        settings = json.dumps(of_runs, sort_keys=True).encode()
         self.out = out / hashlib.sha256(settings).hexdigest()[:12]
         judging = JUDGING * sum(map(len, self.judged.values()))
         self.arm_work, self.backbone_work = (
