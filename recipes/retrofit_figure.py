@@ -21,6 +21,8 @@ COLOURS = {
     "memory_lora": "#56B4E9",
 }
 """That colour-blind readers tell apart (Okabe and Ito)."""
+ON_THE_LEFT = ("memory_lora", "memory")
+"""Labels that would else stand in another arm's."""
 
 
 def draw(flat: dict[str, float], found: dict[str, Any], record: Path) -> None:
@@ -45,11 +47,19 @@ def draw(flat: dict[str, float], found: dict[str, Any], record: Path) -> None:
             lw=1,
             capsize=2,
         )
+        left = arm in ON_THE_LEFT
         axis.annotate(
-            ARMS[arm], (x, y), (6, -11), textcoords="offset points", fontsize=8, color=colour
+            ARMS[arm],
+            (x, y),
+            (-8, 4) if left else (8, 4),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=8,
+            color=colour,
         )
     axis.axvline(0, color="#999999", lw=0.6)
-    axis.margins(x=0.25, y=0.12)
+    axis.margins(y=0.12)
+    axis.set_xlim(left=-0.02, right=1.1 * axis.get_xlim()[1])
     axis.set_xlabel("forgetting: bits per byte more on WordNet than the backbone")
     axis.set_ylabel("gain: bits per byte fewer on docstrings")
     axis.spines[["top", "right"]].set_visible(False)

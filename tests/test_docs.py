@@ -74,6 +74,42 @@ def test_numbers_of_the_comparison_with_engram_peft_are_those_of_its_result():
     )
 
 
+def test_numbers_of_the_retrofit_study_are_those_of_its_result():
+    result = json.loads((ROOT / "results" / "retrofit.json").read_text())["summary"]
+    page = (ROOT / "docs" / "ecosystem.md").read_text()
+    readme = README.replace("\n", " ")
+    log = (ROOT / "docs" / "log.md").read_text()
+
+    def spread(name: str) -> str:
+        return f"{result[f'{name}_mean']:.3f} ± {result[f'{name}_sd']:.3f}"
+
+    rows = {
+        "memory": "memory",
+        "lora_flops": "LoRA, equal FLOPs",
+        "lora_parameters": "LoRA, equal parameters",
+        "full": "all parameters",
+        "memory_lora": "memory + LoRA",
+    }
+    for arm, label in rows.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {label} |"))
+        flops = result.get(f"{arm}_trainable_flops")
+        assert row == (
+            f"| {label} | {result[f'{arm}_trained_parameters'] / 1e6:.2f}M "
+            f"| {'-' if flops is None else f'{flops / 1e6:.1f}M'} "
+            f"| {result[f'{arm}_step_flops'] / 1e6:.1f}M | {spread(f'{arm}_new_bpb')} "
+            f"| {spread(f'{arm}_gain')} | {spread(f'{arm}_forgetting')} |"
+        )
+        assert not result[f"{arm}_lr_at_edge"]
+    for name in ("lora_flops_new_bpb", "lora_flops_forgetting", "lora_parameters_new_bpb"):
+        mean, sd = result[f"memory_minus_{name}_mean"], result[f"memory_minus_{name}_sd"]
+        assert f"{mean:+.3f} ± {sd:.3f}" in page
+    for name in ("backbone_new_bpb", "backbone_old_bpb"):
+        assert spread(name) in page
+    for arm in ("memory", "lora_flops"):
+        assert spread(f"{arm}_new_bpb") in readme and spread(f"{arm}_forgetting") in readme
+        assert spread(f"{arm}_gain") in log and spread(f"{arm}_forgetting") in log
+
+
 def test_the_readmes_quick_commands_run(capsys):
     (shell,) = blocks(README, "sh")
     for line in shell.splitlines():
