@@ -197,6 +197,10 @@ def test_a_prompt_that_is_too_long_and_a_name_that_is_not_served_are_told_in_one
             ask(client, "llama/law", long, stream=stream)
         with pytest.raises(openai.BadRequestError, match="prompt of 0 tokens"):
             ask(client, "llama/law", "", stream=stream)
+        for stop in (5, "", ["a", ""]):
+            with pytest.raises(openai.BadRequestError, match="a text or a list of texts"):
+                ask(client, "llama/law", stop=stop, stream=stream)
+    assert ask(client, "llama", stop=[]).choices[0].text == ask(client, "llama").choices[0].text
     for name in ("llama/laws", "mistral", "llamas", "llama/"):
         with pytest.raises(openai.NotFoundError, match="served are llama, llama/law, llama/code"):
             ask(client, name)

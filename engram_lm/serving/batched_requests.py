@@ -79,12 +79,14 @@ class Request:
 class Ends(StoppingCriteria):
     """Where each row of a batch ends; hands every new token to its request until then."""
 
-    def __init__(self, batch: list[Request], tokenizer: Any) -> None:
+    def __init__(self, batch: list[Request]) -> None:
         self.open: list[Request | None] = [*batch]
-        config, model = batch[0].config, batch[0].model
-        eos, stop = config.eos_token_id, config.stop_strings
-        eos = model.generation_config.eos_token_id if eos is None else eos
-        self.criteria: list[Any] = [] if eos is None else [EosTokenCriteria(eos)]
+        self.criteria: list[Any] = []
+
+    def look_for(self, eos: Any, stop: Any, tokenizer: Any) -> None:
+        """Rows end at these token ids and behind these texts, too; None for none."""
+        if eos is not None:
+            self.criteria.append(EosTokenCriteria(eos))
         if stop is not None:
             self.criteria.append(StopStringCriteria(tokenizer, stop))
 
@@ -185,7 +187,7 @@ class InBatches(GenerateManager):
             alike = [each for each in self.waiting if each.kind == self.waiting[0].kind]
             batch = alike[: self.most]
             self.waiting = deque(each for each in self.waiting if each not in batch)
-        ends, failed = Ends(batch, tokenizer), None
+        ends, failed = Ends(batch), None
         try:
             _generate(batch, tokenizer, ends)
         except Exception as error:
@@ -199,8 +201,11 @@ def _generate(batch: list[Request], tokenizer: Any, ends: Ends) -> None:
     """Prompts padded on the left, each beside its packs."""
     model, config = batch[0].model.model, copy.deepcopy(batch[0].config)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos = config.eos_token_id
+    eos = model.generation_config.eos_token_id if eos is None else eos
+    ends.look_for(eos, config.stop_strings, tokenizer)
+    config.stop_strings = None
     config.max_new_tokens = max(each.config.max_new_tokens for each in batch)
-    config.stop_strings = None  # `ends` looks for them
     config.pad_token_id = pad
     ids_BT = torch.nn.utils.rnn.pad_sequence(
         [each.ids_T for each in batch], True, pad, padding_side="left"
@@ -218,8 +223,14 @@ def _generate(batch: list[Request], tokenizer: Any, ends: Ends) -> None:
 
 
 def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
+    """Refuses what cannot be generated, and ends texts where the model's context does."""
     limit, tokens = model.config.max_position_embeddings, inputs["input_ids"].shape[-1]
     if not 0 < tokens < limit:
         raise HTTPException(400, f"prompt of {tokens} tokens: 1 to {limit - 1} fit the model")
     most = gen_config.max_new_tokens
     gen_config.max_new_tokens = limit - tokens if most is None else min(most, limit - tokens)
+    stop = gen_config.stop_strings
+    texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise HTTPException(400, f"stop={stop!r}: a text or a list of texts, none of them empty")
+    gen_config.stop_strings = texts or None
