@@ -46,7 +46,7 @@ class NgramCounts:
         0 at the first order - 1 positions, where no whole n-gram ends.
         """
         counts_T = np.zeros(len(canonical_T), dtype=np.int64)
-        keys = _keys(canonical_T, self.order, self.base)
+        keys = ngram_keys(canonical_T, self.order, self.base)
         if not len(keys) or not len(self.keys_K):
             return counts_T
         places = np.searchsorted(self.keys_K, keys).clip(max=len(self.keys_K) - 1)
@@ -59,7 +59,7 @@ def count_ngrams(canonical_T: npt.NDArray[np.integer], order: int, *, base: int)
 
     One sort, about 0.1 s for each million tokens. DataError where base ** order exceeds an int64.
     """
-    keys_K, counts_K = np.unique(_keys(canonical_T, order, base), return_counts=True)
+    keys_K, counts_K = np.unique(ngram_keys(canonical_T, order, base), return_counts=True)
     return NgramCounts(order=order, base=base, keys_K=keys_K, counts_K=counts_K.astype(np.int64))
 
 
@@ -84,7 +84,8 @@ def loss_by_band(
     return rows
 
 
-def _keys(canonical_T: npt.NDArray[np.integer], order: int, base: int) -> Integers:
+def ngram_keys(canonical_T: npt.NDArray[np.integer], order: int, base: int) -> Integers:
+    """The n-gram that ends at each position but the first order - 1, as one number."""
     if base**order > np.iinfo(np.int64).max:
         raise DataError(
             f"order={order}: {base} canonical ids give more n-grams than an int64 holds"

@@ -1,0 +1,121 @@
+"""Which n-grams of a corpus share rows: counted, beside what chance gives (analysis/collisions.py).
+
+Shapes: T token ids, U distinct n-grams of one order, K heads of an order, R rows of a head.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engram_lm.analysis.bands import Integers, ngram_keys
+from engram_lm.analysis.collisions import shared
+from engram_lm.errors import DataError
+from engram_lm.memory.ngrams import Addresses
+
+CHUNK = 2**16
+"""Positions that are addressed at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSharing:
+    """One head: what was counted, and what chance gives for as many n-grams and rows."""
+
+    rows: int
+    load: float
+    """Distinct n-grams per row."""
+    untouched: int
+    """Rows that no n-gram of the corpus reads."""
+    untouched_expected: float
+    shared: float
+    """Share of distinct n-grams whose row another reads too."""
+    shared_expected: float
+    most: int
+    """N-grams on the fullest row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderSharing:
+    """One order of one layer."""
+
+    layer: int
+    order: int
+    distinct: int
+    heads: tuple[HeadSharing, ...]
+    every_head: float
+    """Share of distinct n-grams that share their row in every head: nothing there is their own."""
+    every_head_expected: float
+
+
+class RowSharing:
+    """How many of a corpus's distinct n-grams read each row of one layer and order.
+
+    ids_T: the corpus as token ids, in one stream: n-grams run across document starts, as a memory
+    with the boundary rule "cross" reads them. DataError for fewer ids than the order.
+    """
+
+    def __init__(
+        self, addresses: Addresses, ids_T: npt.NDArray[np.integer], layer: int, order: int
+    ) -> None:
+        specification = addresses.specification
+        if len(ids_T) < order:
+            raise DataError(f"{len(ids_T)} token ids: an n-gram of order {order} needs as many")
+        self.layer, self.order = layer, order
+        canonical_T = addresses.canonical.ids_V.numpy()[ids_T]
+        keys = ngram_keys(canonical_T, order, addresses.canonical.canonical_ids)
+        ends_U = np.unique(keys, return_index=True)[1] + order - 1
+        self.distinct = len(ends_U)
+        place = addresses.layers.index(layer)
+        self.columns = slice((order - 2) * specification.heads, (order - 1) * specification.heads)
+        self.sizes = specification.primes[layer][order - 2]
+        self.first_K = np.array(specification.offsets(layer)[self.columns])
+        before = specification.lookback
+        rows = []
+        for begin in range(0, len(ids_T), CHUNK):
+            ends = ends_U[(ends_U >= begin) & (ends_U < begin + CHUNK)]
+            part = torch.from_numpy(ids_T[begin : begin + CHUNK].astype(np.int64))[None]
+            history = torch.from_numpy(ids_T[max(0, begin - before) : begin].astype(np.int64))[None]
+            rows_TH = addresses.rows(part, history)[place, 0, :, self.columns].numpy()
+            rows.append(rows_TH[np.sort(ends) - begin])
+        self.rows_UK: Integers = np.concatenate(rows) - self.first_K
+        """Of each distinct n-gram, in the order of their first ends."""
+        self.readers = tuple(
+            np.bincount(self.rows_UK[:, head], minlength=size)
+            for head, size in enumerate(self.sizes)
+        )
+        """Head -> (R,): distinct n-grams that read each row."""
+
+    def of(self, rows_NK: Integers) -> Integers:
+        """How many distinct n-grams of the corpus read these rows of the layer's table, (N, K)."""
+        own_NK = rows_NK - self.first_K
+        counts = [readers[own_NK[:, head]] for head, readers in enumerate(self.readers)]
+        return np.stack(counts, axis=1)
+
+    def on(self, head: int, row: int) -> int:
+        """How many read one row of the layer's table, which is this head's."""
+        return int(self.readers[head][row - self.first_K[head]])
+
+    def summary(self) -> OrderSharing:
+        """Counted, and expected."""
+        counts_UK = self.of(self.rows_UK + self.first_K)
+        heads = tuple(
+            HeadSharing(
+                rows=size,
+                load=self.distinct / size,
+                untouched=int((readers == 0).sum()),
+                untouched_expected=size * (1 - 1 / size) ** self.distinct,
+                shared=float((counts_UK[:, head] > 1).mean()),
+                shared_expected=shared(self.distinct, size),
+                most=int(readers.max()),
+            )
+            for head, (size, readers) in enumerate(zip(self.sizes, self.readers, strict=True))
+        )
+        return OrderSharing(
+            layer=self.layer,
+            order=self.order,
+            distinct=self.distinct,
+            heads=heads,
+            every_head=float((counts_UK > 1).all(axis=1).mean()),
+            every_head_expected=float(np.prod([head.shared_expected for head in heads])),
+        )
