@@ -58,7 +58,7 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 def test_verbs_have_help_and_at_most_ten_options():
     assert set(verbs()) == {
         *("demo", "data", "train", "generate"),
-        *("eval", "rows", "budget", "serve", "size", "info"),
+        *("eval", "rows", "budget", "serve", "size", "info", "inspect"),
         *("plan", "pack"),
         "plan serve",
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.inference import inference
 from engram_lm.memory.fuse import Fused
-from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.model.attached_decoder import decoder_layers
 
 Values = npt.NDArray[np.float32]
 Nested = list[list[list[float]]]
@@ -58,12 +58,13 @@ class GateTrace:
         return np.array(self.contributions, dtype=np.float32)
 
 
-def gate_trace(model: EngramLMForCausalLM, tokenizer: Any, text: str) -> GateTrace:
-    """Runs the model once on a separator and the text. `tokenizer`: a fast transformers tokenizer.
+def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
+    """Runs a model of ours, or one with a memory attached, once on a separator and the text.
 
-    ConfigError for a model without memory, DataError where the text holds no token.
+    tokenizer: a fast one of transformers. ConfigError for a model without memory, DataError where
+    the text holds no token.
     """
-    memory = model.config.memory_config
+    memory = getattr(model.config, "memory_config", None)
     if memory is None:
         raise ConfigError("memory=None: a model without memory has no gates")
     separator = tokenizer.bos_token_id
@@ -80,7 +81,7 @@ def gate_trace(model: EngramLMForCausalLM, tokenizer: Any, text: str) -> GateTra
     return GateTrace(
         text=text,
         layers=layers,
-        streams=model.config.streams,
+        streams=getattr(model.config, "streams", 1),
         ids=ids,
         tokens=[tokenizer.convert_ids_to_tokens(separator), *cut(text, encoding["offset_mapping"])],
         orders=orders,
@@ -107,14 +108,16 @@ def cut(text: str, offsets: list[tuple[int, int]]) -> list[str]:
 
 @contextmanager
 def _watched(
-    model: EngramLMForCausalLM, layers: list[int]
+    model: Any, layers: list[int]
 ) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     # Layer -> (T, S) of the first sequence that runs inside.
     gates: dict[int, Tensor] = {}
     contributions: dict[int, Tensor] = {}
 
+    blocks: Any = decoder_layers(model.base_model)
+
     def watch(stack: ExitStack, layer: int) -> None:
-        fuse = model.model.layers[layer].engram
+        fuse = blocks[layer].engram
 
         def keep_gate(_module: Any, _inputs: Any, gate_BTS: Tensor) -> None:
             gates[layer] = gate_BTS[0].float().cpu()

@@ -15,6 +15,7 @@ from engram_lm.cli import (
     evaluate,
     generate,
     info,
+    inspect,
     pack,
     plan,
     plan_serve,
@@ -39,6 +40,7 @@ VERBS = {
     "plan serve": plan_serve,
     "pack": pack,
     "info": info,
+    "inspect": inspect,
 }
 
 
