@@ -48,9 +48,7 @@ def test_bands_are_of_the_ngram_that_was_read_before(stream):
     canonical_V = model.model.addresses.canonical.ids_V.numpy()
     training = phrases(1, 900, seed=3)[0].numpy()
     counts = [count_ngrams(canonical_V[training], order, base=60) for order in (2, 3)]
-    found = ablation_losses(
-        model, stream, context=16, batch=8, counts=counts, canonical_V=canonical_V
-    )
+    found = ablation_losses(model, stream, context=16, batch=8, counts=counts)
     off = found[0]
     ids = stream[: 16 * 8 + 1]
     plain = token_losses(model, ids, context=16, batch=8).astype(np.float64)
@@ -65,8 +63,6 @@ def test_bands_are_of_the_ngram_that_was_read_before(stream):
             assert row["tokens"] == len(inside)
             assert row["mean"] == (pytest.approx(np.mean(inside)) if inside else None)
         assert sum(row["tokens"] for row in rows) == 8 * (16 - order + 1)
-    with pytest.raises(DataError, match="canonical_V: needed"):
-        ablation_losses(model, stream, context=16, batch=8, counts=counts)
 
 
 def test_retention_is_raw_without_chance_and_corrected_with_it():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.analysis import ablation
-from engram_lm.analysis.bands import BandLoss, NgramCounts, bands, loss_by_band
+from engram_lm.analysis.bands import BandLoss, NgramCounts, loss_by_band, window_bands
 from engram_lm.analysis.bootstrap import interval
 from engram_lm.errors import DataError
 from engram_lm.evaluate.token_losses import token_losses
@@ -69,14 +69,13 @@ def ablation_losses(
     context: int,
     batch: int,
     counts: Sequence[NgramCounts] = (),
-    canonical_V: npt.NDArray[np.integer] | None = None,
     heads: bool = False,
     autocast: torch.dtype | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[AblationLoss]:
     """One pass over the stream for the model as it is, and one for each ablation.
 
-    counts: of training's n-grams, in canonical ids, which canonical_V gives; without them no bands.
+    counts: of the n-grams of what the model was trained on; without them no bands.
     heads: each head alone as well. progress: told what begins. ConfigError for a model without
     memory, DataError for a stream of fewer than two whole windows.
     """
@@ -84,6 +83,8 @@ def ablation_losses(
     if whole < 2 * context:
         raise DataError(f"{len(ids_T)} ids: two windows of context={context} are needed")
     ids_T = ids_T[: whole + 1]
+    canonical = ablation.memory_decoder(model).memory.addresses.canonical
+    canonical_T = canonical.ids_V.numpy()[ids_T]
 
     def losses(name: str, made: Ablation) -> npt.NDArray[np.float64]:
         if progress is not None:
@@ -94,7 +95,7 @@ def ablation_losses(
 
     with ablation.mean_gates(model) as means:
         plain_T = losses("as it is", nullcontext)
-    by_order = [_bands(count, canonical_V, ids_T, context) for count in counts]
+    by_order = [window_bands(count, canonical_T, context) for count in counts]
     found = []
     for name, made in parts(model, means).items():
         if "head" in name and not heads:
@@ -124,17 +125,3 @@ def retention(score: float, full: float, chance: float = 0.0) -> float:
     if full <= chance:
         raise DataError(f"full={full:g}: not above chance={chance:g}, so nothing can be retained")
     return (score - chance) / (full - chance)
-
-
-def _bands(
-    counts: NgramCounts,
-    canonical_V: npt.NDArray[np.integer] | None,
-    ids_T: npt.NDArray[np.integer],
-    context: int,
-) -> npt.NDArray[np.int8]:
-    """Of each predicted token, by the n-gram read before it; -1 where a window has no whole one."""
-    if canonical_V is None:
-        raise DataError("canonical_V: needed to count n-grams by")
-    bands_T = bands(counts.of(canonical_V[ids_T]))[:-1]
-    bands_T[np.arange(len(bands_T)) % context < counts.order - 1] = -1
-    return bands_T

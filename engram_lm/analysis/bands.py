@@ -68,6 +68,18 @@ def bands(counts: Integers) -> npt.NDArray[np.int8]:
     return (np.searchsorted(_STARTS, counts, side="right") - 1).astype(np.int8)
 
 
+def window_bands(
+    counts: NgramCounts, canonical_T: npt.NDArray[np.integer], context: int
+) -> npt.NDArray[np.int8]:
+    """Bands of the losses that `token_losses` gives of this stream, (T - 1,): by the n-gram that
+    ends with the last token read. Where a window begins memory reads padding instead of the
+    stream's n-gram, so those positions belong to no band: -1.
+    """
+    bands_T = bands(counts.of(canonical_T))[:-1]
+    bands_T[np.arange(len(bands_T)) % context < counts.order - 1] = -1
+    return bands_T
+
+
 def loss_by_band(
     losses_T: npt.NDArray[np.floating], bands_T: npt.NDArray[np.int8]
 ) -> list[BandLoss]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engram_lm.analysis.bands import NgramCounts, bands, count_ngrams, loss_by_band
+from engram_lm.analysis.bands import NgramCounts, count_ngrams, loss_by_band, window_bands
 from engram_lm.analysis.from_disk import from_disk
 from engram_lm.analysis.gates import GateTrace, gate_trace
 from engram_lm.analysis.results import ArmResult, DemoResults, Evaluation, TrainingLog, Value
@@ -116,7 +116,7 @@ def compare(
     base = addresses.canonical.canonical_ids
     orders = list(range(2, addresses.specification.max_order + 1))
     counts = [count_ngrams(canonical_V[training_ids], order, base=base) for order in orders]
-    bands_by_order = [_bands(count, canonical_V[validation_ids], context) for count in counts]
+    bands_by_order = [window_bands(count, canonical_V[validation_ids], context) for count in counts]
 
     predicted_bytes = int(token_bytes[validation_ids[1:]].sum())
 
@@ -163,16 +163,6 @@ def _silent(_message: str) -> None:
 
 def _mean(values_T: npt.NDArray[np.floating]) -> float:
     return float(values_T.mean(dtype=np.float64))
-
-
-def _bands(
-    counts: NgramCounts, canonical_T: npt.NDArray[np.integer], context: int
-) -> npt.NDArray[np.int8]:
-    # For the losses' T - 1 positions. Where a window begins memory reads padding instead of the
-    # stream's n-gram, so those positions belong to no band.
-    bands_T = bands(counts.of(canonical_T))[:-1]
-    bands_T[np.arange(len(bands_T)) % context < counts.order - 1] = -1
-    return bands_T
 
 
 def _window_error(difference_T: npt.NDArray[np.float64], context: int) -> float:

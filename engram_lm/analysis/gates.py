@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.evaluate.answers import separator_of
 from engram_lm.evaluate.inference import inference
 from engram_lm.memory.fuse import Fused
 from engram_lm.model.attached_decoder import decoder_layers
@@ -67,12 +68,10 @@ def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
     memory = getattr(model.config, "memory_config", None)
     if memory is None:
         raise ConfigError("memory=None: a model without memory has no gates")
-    separator = tokenizer.bos_token_id
-    if separator is None:
-        separator = tokenizer.eos_token_id
+    separator = separator_of(tokenizer)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if separator is None or not encoding["input_ids"]:
-        raise DataError(f"text={text!r}: a bos or eos token and at least one token are needed")
+    if not encoding["input_ids"]:
+        raise DataError(f"text={text!r}: at least one token is needed")
     ids = [separator, *encoding["input_ids"]]
     layers = list(memory.specification.layers)
     orders = list(range(2, memory.specification.max_order + 1))

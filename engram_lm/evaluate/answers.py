@@ -38,6 +38,14 @@ class Answers:
     """(N,): minus the log-probability of the whole answer."""
 
 
+def separator_of(tokenizer: Any) -> int:
+    """The token id that stands before a text. DataError where there is no bos and no eos token."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise DataError("the tokenizer has no bos or eos token to begin a text with")
+
+
 def answers(
     model: Any,
     questions: Sequence[Question],

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_lm.errors import DataError
-from engram_lm.evaluate.answers import Question, answers
+from engram_lm.evaluate.answers import Question, answers, separator_of
 
 CHANCE = 0.5
 
@@ -67,10 +67,7 @@ def preferred(
 
     DataError for a tokenizer without a bos or eos token. progress: sentences so far.
     """
-    separator = tokenizer.bos_token_id
-    separator = tokenizer.eos_token_id if separator is None else separator
-    if separator is None:
-        raise DataError("the tokenizer has no bos or eos token to begin a sentence with")
+    separator = separator_of(tokenizer)
     questions = [
         Question(
             prompt=(separator,),

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_lm.errors import DataError
-from engram_lm.evaluate.answers import Question, answers
+from engram_lm.evaluate.answers import Question, answers, separator_of
 
 ENTRY = re.compile(
     r'(The \w+ "(?P<word>[^"]+)" (?:means|refers to)) (?P<gloss>.+?[.!?]"?)(?= [A-Z]|$)'
@@ -93,10 +93,7 @@ def chosen(
     """
     if wording not in WORDINGS:
         raise DataError(f"wording={wording!r}: {' or '.join(map(repr, WORDINGS))}")
-    separator = tokenizer.bos_token_id
-    separator = tokenizer.eos_token_id if separator is None else separator
-    if separator is None:
-        raise DataError("the tokenizer has no bos or eos token to begin a question with")
+    separator = separator_of(tokenizer)
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
