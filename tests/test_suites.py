@@ -136,6 +136,18 @@ def test_documents_hold_no_unknown_entity_and_trained_facts_never_change():
     assert next(WORLD.documents(seed=6)) != documents[0]
 
 
+def test_every_token_has_a_word_of_its_own():
+    words = WORLD.words()
+    assert len(words) == len(set(words)) == WORLD.vocabulary
+    name = next(name for name in WORLD.names() if len(name) == 3)
+    parts = ["first", "middle", "last"]
+    assert [words[id].rstrip("0123456789") for id in name] == parts
+    query = [words[id] for id in WORLD.query(name, 2, "later")][3:]
+    assert query == [f"relation2bridge{n}" for n in range(3)]
+    assert words[WORLD.query(name, 2, "after")[0]] == "relation2"
+    assert words[WORLD.answer(2, 7)] == "relation2value7"
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_key_of_mqar_is_asked_once_and_answered_with_its_value(seed):
     suite = mqar.MQAR(vocabulary=256, length=64, pairs=8)

@@ -67,6 +67,20 @@ class TwoSource:
         """Of a guess among a relation's values."""
         return 1 / self.values
 
+    def words(self) -> list[str]:
+        """What each token id is called, so that a tokenizer can be made of them."""
+        parts = [f"{part}{n}" for part in ("first", "middle", "last") for n in range(self.parts)]
+        said = [
+            word
+            for relation in range(self.relations)
+            for word in (
+                f"relation{relation}",
+                *(f"relation{relation}bridge{n}" for n in range(self.bridge)),
+                *(f"relation{relation}value{n}" for n in range(self.values)),
+            )
+        ]
+        return ["<separator>", "<pad>", "<given>", "<ask>", ".", *parts, *said]
+
     def names(self) -> list[tuple[int, ...]]:
         """Token ids of every entity, the unknown ones last: half of 2 tokens, half of 3."""
         drawn = np.random.default_rng([self.seed, 0])

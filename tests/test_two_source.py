@@ -1,0 +1,80 @@
+"""recipes/two_source.py in small: equal arms, every switch, and the record that it writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engram_lm import EngramLMForCausalLM
+from engram_lm.evaluate.suites.two_source import TwoSource
+from engram_lm.model.budget import ledger
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+WORLD = TwoSource(entities=30)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    sys.path.insert(0, str(RECIPES))
+    try:
+        import two_source
+
+        yield two_source
+    finally:
+        sys.path.remove(str(RECIPES))
+
+
+def test_arms_are_equal_in_parameters_and_flops(recipe):
+    made = recipe.models_of(WORLD, small=False)
+    moe, engram = (ledger(made[arm], 128).to_dict() for arm in recipe.ARMS)
+    for name in ("p_tot", "p_act", "flops_per_token"):
+        assert engram[name] == pytest.approx(moe[name], rel=0.005)
+    assert made["MoE"].memory is None and made["Engram"].vocab_size == WORLD.vocabulary
+
+
+def test_experts_of_a_layer_are_off_and_come_back(recipe):
+    torch.manual_seed(0)
+    model = EngramLMForCausalLM(recipe.models_of(WORLD, small=True)["MoE"]).eval()
+    ids = torch.randint(WORLD.vocabulary, (1, 9))
+    with torch.no_grad():
+        before = model(ids).logits
+        with recipe.experts_off(model, 2):
+            off = model(ids).logits
+        assert torch.equal(model(ids).logits, before) and not torch.equal(off, before)
+        for parameter in model.model.layers[2].mlp.experts.parameters():
+            parameter.zero_()
+        assert torch.allclose(model(ids).logits, off, atol=1e-6)
+
+
+def test_a_summary_retains_nothing_of_what_was_at_chance(recipe):
+    seeds = {
+        seed: {
+            "Engram": {"trained/after": 0.5, "given/after": 0.1},
+            "Engram, memory off": {"trained/after": 0.2, "given/after": 0.1},
+        }
+        for seed in (0, 1)
+    }
+    flat = recipe.summarise(seeds, chance=0.1)
+    assert flat["Engram_memory_off_trained_after_retained_mean"] == pytest.approx(0.4)
+    assert flat["Engram_memory_off_trained_after_above_chance_mean"] == pytest.approx(0.25)
+    assert "Engram_memory_off_given_after_retained_mean" not in flat
+    assert flat["Engram_given_after_sd"] == 0 and flat["seeds"] == 2
+
+
+@pytest.mark.long
+def test_the_recipe_runs_in_small_and_goes_on_where_it_was(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["two_source.py", "--smoke", "--threads", "1", "--seeds", "0", "1"]
+    )
+    recipe.main()
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    record = json.loads(Path("results/two_source-smoke.json").read_text())
+    assert record["summary"] == first and first["seeds"] == 2
+    assert set(record["raw"]["0"]) >= {"MoE", "Engram", "Engram, memory off"}
+    for suffix in ("svg", "png"):
+        assert Path(f"results/two_source-smoke.{suffix}").stat().st_size > 1000
+    recipe.main()  # nothing is trained again
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first
