@@ -56,10 +56,11 @@ def test_asked_workers_save_together_and_survivors_of_a_killed_one_stop(prepared
     process = start(tmp_path, prepared, LONG, RARE)
     wait_for_steps(tmp_path, step + 3, process)
     os.kill(children(process)[1], signal.SIGKILL)
-    lines = told(end(process, 60))  # a minute
+    errors = end(process, 60)  # a minute
     assert process.returncode == 1
-    (line,) = lines
-    assert line.startswith("engram train: error: worker 0 of 2: another worker died")
+    lines = told(errors)
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("engram train: error: worker 0 of 2: another worker died")
     assert starts(tmp_path) == [0, step]
     assert final(tmp_path)["step"] == before["step"]  # whole, and the previous one
 
