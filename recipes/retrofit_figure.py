@@ -13,10 +13,12 @@ from retrofit_arms import ARMS
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from engram_lm.analysis.figures import BLUE, VERMILION, save
+
 COLOURS = {
-    "memory": "#0072B2",
+    "memory": BLUE,
     "lora_flops": "#E69F00",
-    "lora_parameters": "#D55E00",
+    "lora_parameters": VERMILION,
     "full": "#444444",
     "memory_lora": "#56B4E9",
 }
@@ -64,8 +66,7 @@ def draw(flat: dict[str, float], found: dict[str, Any], record: Path) -> None:
     axis.set_ylabel("gain: bits per byte fewer on docstrings")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    for suffix in (".svg", ".png"):
-        figure.savefig(record.with_suffix(suffix), dpi=160)
+    save(figure, record.parent, record.stem)
     plt.close(figure)
 
 

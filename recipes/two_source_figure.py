@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from engram_lm.analysis.figures import BLUE, save
+
 KINDS = {
     "trained_after": "trained,\nright behind\nthe name",
     "trained_later": "trained,\nbeyond an\nn-gram",
@@ -21,7 +23,7 @@ KINDS = {
 }
 ARMS = {
     "MoE": ("MoE", "#999999"),
-    "Engram": ("Engram", "#0072B2"),
+    "Engram": ("Engram", BLUE),
     "Engram_memory_off": ("Engram, memory off", "#E69F00"),
 }
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
@@ -50,8 +52,7 @@ def draw(flat: dict[str, float], record: Path) -> None:
     axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    for suffix in (".svg", ".png"):
-        figure.savefig(record.with_suffix(suffix), dpi=160)
+    save(figure, record.parent, record.stem)
     plt.close(figure)
 
 

@@ -112,6 +112,18 @@ def test_an_order_off_reads_zeros_where_its_heads_stand(ids, order, heads):
     assert torch.equal(logits(model, ids), found)
 
 
+def test_ablations_stand_inside_one_another(model, ids):
+    before = logits(model, ids)
+    with ablation.heads_off(model, [0, 1, 2, 3]):
+        every = logits(model, ids)
+    with ablation.order_off(model, 2):
+        second = logits(model, ids)
+        with ablation.order_off(model, 3):
+            assert torch.equal(logits(model, ids), every)
+        assert torch.equal(logits(model, ids), second)
+    assert torch.equal(logits(model, ids), before)
+
+
 def test_permuted_rows_are_a_bijection_of_each_heads_rows(ids):
     model = trained_model(1, True, 2)
     with rows_read(model) as calls:

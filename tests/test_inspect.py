@@ -154,7 +154,7 @@ def test_the_command_shows_any_text_to_people(directory, capsys, monkeypatch, te
         ([TEXT, "--model", "nowhere"], "no config.json"),
         (["", "--model", "with"], "at least one token"),
         ([TEXT, "--model", "with", "--corpus", "nowhere.txt"], "nowhere.txt: No such file"),
-        ([TEXT, "--model", "with", "--corpus", "short.txt"], "1 tokens, which make no n-gram"),
+        ([TEXT, "--model", "with", "--corpus", "short.txt"], "2 tokens, which make no n-gram"),
     ],
 )
 def test_what_cannot_be_inspected_is_one_line(directory, capsys, monkeypatch, arguments, words):

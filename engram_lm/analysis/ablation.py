@@ -200,11 +200,15 @@ def altered(decoder: MemoryDecoder, change: Change) -> Iterator[None]:
             reading.pending = _Altered(reading.pending, layers, change)
         return reading
 
+    outer = decoder.__dict__.get("read")
     decoder.__dict__["read"] = replaced
     try:
         yield
     finally:
-        del decoder.__dict__["read"]
+        if outer is None:
+            del decoder.__dict__["read"]
+        else:
+            decoder.__dict__["read"] = outer
 
 
 def memory_decoder(model: Any) -> MemoryDecoder:

@@ -39,8 +39,8 @@ class AblationLoss:
     """Order -> band -> change: by how often the suffix n-gram stood in training."""
 
 
-def parts(model: Any, means: dict[int, Tensor], seed: int = 0) -> dict[str, Ablation]:
-    """Name -> ablation: all that ablation.py knows, for each layer, order and head that there is.
+def parts(model: Any, means: dict[int, Tensor], *, heads: bool) -> dict[str, Ablation]:
+    """Name -> ablation: all that ablation.py knows, for each layer and order, and for each head.
 
     means: layer -> (S,), the gates that are held.
     """
@@ -51,14 +51,13 @@ def parts(model: Any, means: dict[int, Tensor], seed: int = 0) -> dict[str, Abla
         found[f"layer {layer} off"] = partial(ablation.layer_off, model, layer)
     for order in orders:
         found[f"order {order} off"] = partial(ablation.order_off, model, order)
-    for place, order in enumerate(orders):
-        for head in range(specification.heads):
-            column = place * specification.heads + head
-            name = f"order {order}, head {head} off"
-            found[name] = partial(ablation.heads_off, model, [column])
+    for column in range(len(orders) * specification.heads if heads else 0):
+        place, head = divmod(column, specification.heads)
+        name = f"order {orders[place]}, head {head} off"
+        found[name] = partial(ablation.heads_off, model, [column])
     found["gates at their mean"] = partial(ablation.gates_held, model, means)
-    found["rows permuted"] = partial(ablation.rows_permuted, model, seed)
-    found["random rows of equal norm"] = partial(ablation.rows_random, model, seed)
+    found["rows permuted"] = partial(ablation.rows_permuted, model)
+    found["random rows of equal norm"] = partial(ablation.rows_random, model)
     return found
 
 
@@ -97,9 +96,7 @@ def ablation_losses(
         plain_T = losses("as it is", nullcontext)
     by_order = [window_bands(count, canonical_T, context) for count in counts]
     found = []
-    for name, made in parts(model, means).items():
-        if "head" in name and not heads:
-            continue
+    for name, made in parts(model, means, heads=heads).items():
         losses_T = losses(name, made)
         change_T = losses_T - plain_T
         low, high = interval(change_T.reshape(-1, context).mean(axis=1))

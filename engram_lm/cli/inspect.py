@@ -63,10 +63,14 @@ def _sharing(model: Any, tokenizer: Any, path: Path) -> Any:
 
     from engram_lm.analysis.row_sharing import RowSharing
     from engram_lm.analysis.texts import pieces, token_ids
+    from engram_lm.evaluate.answers import separator_of
     from engram_lm.memory.canonical import backend_of
 
     addresses = model.base_model.memory.addresses
-    ids = [id for part, _ in token_ids(pieces(path), backend_of(tokenizer)) for id in part]
+    separator = separator_of(tokenizer)  # as it stands before each document in training
+    ids: list[int] = []
+    for part, piece in token_ids(pieces(path), backend_of(tokenizer)):
+        ids += [separator, *part] if piece.starts else part
     if len(ids) < addresses.specification.max_order:
         raise DataError(f"{path}: {len(ids)} tokens, which make no n-gram of each order")
     return {

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from engram_lm.errors import DataError
 from engram_lm.evaluate.inference import inference
@@ -76,13 +77,15 @@ def answers(
                 )
                 logits_NAV = model(
                     input_ids=ids_NT[:, :-1], use_cache=False, logits_to_keep=length
-                ).logits.double()
+                ).logits
                 wanted_NA = ids_NT[:, -length:]
                 hits_NA = logits_NAV.argmax(-1) == wanted_NA
-                log_NA = logits_NAV.log_softmax(-1).gather(2, wanted_NA[..., None])[..., 0]
+                losses = F.cross_entropy(
+                    logits_NAV.flatten(0, 1).float(), wanted_NA.flatten(), reduction="none"
+                )
                 right[part] = hits_NA.all(1).cpu().numpy()
                 tokens[part] = hits_NA.double().mean(1).cpu().numpy()
-                nats[part] = -log_NA.sum(1).cpu().numpy()
+                nats[part] = losses.double().view(wanted_NA.shape).sum(1).cpu().numpy()
                 done += len(part)
                 if progress is not None:
                     progress(done)
