@@ -66,6 +66,14 @@ def test_numbers_of_the_comparison_with_engram_peft_are_those_of_its_result():
             name = f"ours_over_{other}{kind}"
             median, least, most = (result[f"{name}{end}"] for end in ("", "_least", "_most"))
             assert f"{median:.2f} ({least:.2f}, {most:.2f})" in page
+    bare = result["bare_tokens_per_cpu_second"] / result["peft_tokens_per_cpu_second"]
+    assert f"the ceiling, runs at {bare:.1f}x its speed" in page
+    dense = min(result["ours_over_peft_dense"], result["ours_over_peft_dense_cpu"])
+    assert f"ours is {dense:.1f}x as fast" in page
+    plain, sparse = (
+        1 - result["ours_peak_mb"] / result[f"{arm}_peak_mb"] for arm in ("peft", "peft_dense")
+    )
+    assert f"Peak memory is {plain:.0%} lower, or {sparse:.0%} lower than with dense" in page
     sound = result["cells"] - result["bare_model_deviates"]
     assert (
         f"Of {sound} cells in which the bare model is sound ours has {result['ours_ok']} right, "
@@ -105,6 +113,18 @@ def test_numbers_of_the_retrofit_study_are_those_of_its_result():
         assert f"{mean:+.3f} ± {sd:.3f}" in page
     for name in ("backbone_new_bpb", "backbone_old_bpb"):
         assert spread(name) in page
+    assert f"A Llama of {result['backbone_parameters'] / 1e6:.2f}M parameters" in page
+    assert f"read {result['tokens'] / 1e3:.0f}k tokens of something else" in page
+    ours = result["memory_trainable_flops"]
+    assert f"at {result['lora_parameters_trainable_flops'] / ours:.0f}x the trainable" in page
+    assert f"come near it at {result['memory_lora_trainable_flops'] / ours:.0f}x" in page
+    runs = json.loads((ROOT / "results" / "retrofit.json").read_text())["raw"]["runs"]
+    for seed in runs.values():  # the log: LoRA is ahead in every seed
+        assert seed["arms"]["lora_flops"]["new_bpb"] < seed["arms"]["memory"]["new_bpb"]
+    tried = {each["lr"]: each for each in runs["0"]["searched"]["memory"]}
+    high, lora = tried[max(tried)], runs["0"]["arms"]["lora_flops"]
+    assert max(tried) == pytest.approx(3 * result["memory_lr"])
+    assert high["old_bpb"] >= lora["old_bpb"] and high["new_bpb"] >= lora["new_bpb"]
     for arm in ("memory", "lora_flops"):
         assert spread(f"{arm}_new_bpb") in readme and spread(f"{arm}_forgetting") in readme
         assert spread(f"{arm}_gain") in log and spread(f"{arm}_forgetting") in log

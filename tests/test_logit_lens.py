@@ -7,6 +7,7 @@ from families import FAMILIES, attached, bare
 from tiny import phrases, tiny_model, trained_model
 
 import engram_lm
+from engram_lm import EngramLMForCausalLM
 from engram_lm.analysis.logit_lens import MEASURES, logit_lens
 from engram_lm.analysis.residual import watched
 from engram_lm.errors import ConfigError, DataError
@@ -96,6 +97,18 @@ def test_every_family_is_read_attached_and_bare(ids, family):
         found = logit_lens(model, ids, batch=2)
         assert found.of_blocks("final_to_layer").shape == (4, 3)
         assert np.abs(found.of_blocks("final_to_layer")[-1]).max() < 1e-6
+
+
+def test_a_model_with_its_rows_on_disk_is_read_to_the_same_numbers(ids, tmp_path):
+    trained_model(4, True, 2).save_pretrained(tmp_path)
+    models = [
+        EngramLMForCausalLM.from_pretrained(tmp_path, **places).eval()
+        for places in ({}, {"memory": "disk", "memory_budget": "1MB"})
+    ]
+    plain, disk = (logit_lens(model, ids) for model in models)
+    for name in MEASURES:
+        assert np.array_equal(plain.normed[name], disk.normed[name])
+        assert np.array_equal(plain.plain[name], disk.plain[name])
 
 
 def test_the_model_and_its_hooks_are_as_before(ids):

@@ -175,6 +175,30 @@ def test_induction_wants_what_was_said_before():
         assert " ".join(map(str, ids_T[54:])) in first
 
 
+class Repeats(torch.nn.Module):
+    """Says what followed the last time that the token stood; at first, the token itself."""
+
+    device = torch.device("cpu")
+
+    def forward(self, input_ids, **_options):
+        logits = torch.zeros(*input_ids.shape, 300)
+        for row, ids in enumerate(input_ids.tolist()):
+            for at, token in enumerate(ids):
+                seen = [place for place in range(at) if ids[place] == token]
+                logits[row, at, ids[seen[-1] + 1] if seen else token] = 1.0
+        return SimpleNamespace(logits=logits)
+
+
+def test_who_looks_back_recalls_every_pair_and_who_does_not_recalls_none():
+    pairs = mqar.MQAR(vocabulary=256, length=64, pairs=8).sequences(7, 3)
+    assert mqar.recalled(Repeats(), pairs, batch=3).tolist() == [1.0] * 7
+    assert mqar.recalled(Likes(300, {0}), pairs).tolist() == [0.0] * 7
+    half = mqar.Labelled(pairs.ids_NT, pairs.labels_NT.copy())
+    for labels_T in half.labels_NT:
+        labels_T[np.flatnonzero(labels_T != mqar.IGNORED)[:2]] = 0  # wrong ones, two of eight
+    assert mqar.recalled(Repeats(), half).tolist() == [0.75] * 7
+
+
 def test_learned_bits_are_all_for_who_knows_all_and_none_for_who_knows_nothing():
     suite = people.People(number=30, first_names=7, middle_names=5, last_names=9)
     asked = suite.questions()
@@ -276,8 +300,9 @@ class Likes(torch.nn.Module):
         self.logits = torch.zeros(vocabulary)
         self.logits[list(liked)] = 30.0
 
-    def forward(self, input_ids, logits_to_keep: int, **_options):
-        return SimpleNamespace(logits=self.logits.expand(len(input_ids), logits_to_keep, -1))
+    def forward(self, input_ids, logits_to_keep: int = 0, **_options):
+        kept = logits_to_keep or input_ids.shape[1]
+        return SimpleNamespace(logits=self.logits.expand(len(input_ids), kept, -1))
 
 
 def test_the_likelier_sentence_of_a_pair_is_preferred(tmp_path):

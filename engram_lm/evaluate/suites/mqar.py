@@ -11,12 +11,14 @@ anything about facts.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from engram_lm.errors import ConfigError
+from engram_lm.evaluate.inference import inference
 
 IGNORED = -100
 """Of labels: nothing is wanted there. transformers' own mark."""
@@ -28,6 +30,21 @@ class Labelled(NamedTuple):
     ids_NT: npt.NDArray[np.int64]
     labels_NT: npt.NDArray[np.int64]
     """The token that should come next, or IGNORED."""
+
+
+def recalled(model: Any, asked: Labelled, *, batch: int = 32) -> npt.NDArray[np.float64]:
+    """Share of each sequence's labels that are the model's likeliest next token, (N,)."""
+    found = []
+    with inference(model):
+        for first in range(0, len(asked.ids_NT), batch):
+            ids_NT, labels_NT = (
+                torch.from_numpy(part[first : first + batch]).to(model.device) for part in asked
+            )
+            said_NT = model(input_ids=ids_NT, use_cache=False).logits.argmax(-1)
+            wanted_NT = labels_NT != IGNORED
+            hits_N = ((said_NT == labels_NT) & wanted_NT).sum(1)
+            found.append((hits_N.double() / wanted_NT.sum(1)).cpu().numpy())
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True, kw_only=True)
