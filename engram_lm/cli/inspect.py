@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import open_model, opening, prepare
+from engram_lm.cli.settings import file_bytes, open_model, opening, prepare, progress_bars
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Say what a memory holds for a text: rows, who shares them, gates, what each row does."
@@ -69,15 +69,23 @@ def _sharing(model: Any, tokenizer: Any, path: Path) -> Any:
     addresses = model.base_model.memory.addresses
     separator = separator_of(tokenizer)  # as it stands before each document in training
     ids: list[int] = []
-    for part, piece in token_ids(pieces(path), backend_of(tokenizer)):
-        ids += [separator, *part] if piece.starts else part
+    with progress_bars() as bars:
+        task = bars.add_task(f"tokenising {path.name}", total=file_bytes(path), note="")
+        for part, piece in token_ids(pieces(path), backend_of(tokenizer)):
+            ids += [separator, *part] if piece.starts else part
+            bars.update(task, completed=piece.read, note=f"{len(ids) / 1e6:.1f}M tokens")
     if len(ids) < addresses.specification.max_order:
         raise DataError(f"{path}: {len(ids)} tokens, which make no n-gram of each order")
-    return {
-        (layer, order): RowSharing(addresses, np.array(ids), layer, order)
-        for layer in addresses.layers
-        for order in range(2, addresses.specification.max_order + 1)
-    }
+    orders = range(2, addresses.specification.max_order + 1)
+    places = [(layer, order) for layer in addresses.layers for order in orders]
+    ids_T = np.array(ids)
+    with progress_bars() as bars:
+        task = bars.add_task("counting n-grams on rows", total=len(places), note="")
+        found = {}
+        for layer, order in places:
+            found[layer, order] = RowSharing(addresses, ids_T, layer, order)
+            bars.advance(task)
+    return found
 
 
 def _show(found: Any) -> None:

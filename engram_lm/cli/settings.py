@@ -100,3 +100,26 @@ def prepare(threads: int | None) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return torch
+
+
+def progress_bars() -> Any:
+    """Bars of tasks that have a `note`, with the time left, on standard error until they end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %  {task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def file_bytes(path: Path) -> int:
+    """Its size. DataError where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error

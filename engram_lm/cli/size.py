@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.cli.settings import file_bytes, progress_bars
+from engram_lm.errors import ConfigError
 
 if TYPE_CHECKING:
     from engram_lm.analysis.ngram_counts import NgramCounter, OrderCounts
@@ -112,9 +113,9 @@ def _read(counter: NgramCounter, backend: Any, paths: list[Path], limit: int | N
     """Tokenises into the counter; returns how many documents there were."""
     from engram_lm.analysis.texts import pieces, token_ids
 
-    sources = [(path.name, _size(path), pieces(path)) for path in paths] or [_wordnet()]
+    sources = [(path.name, file_bytes(path), pieces(path)) for path in paths] or [_wordnet()]
     documents = 0
-    with _progress() as progress:
+    with progress_bars() as progress:
         for name, size, found in sources:
             task = progress.add_task(f"tokenising {name}", total=size, note="")
             for ids, piece in token_ids(found, backend):
@@ -132,7 +133,7 @@ def _count(counter: NgramCounter) -> list[OrderCounts]:
     halved = (counter.tokens >> halvings for halvings in range(HALVINGS, 0, -1))
     points = tuple(tokens for tokens in halved if tokens)
     counts = []
-    with _progress() as progress:
+    with progress_bars() as progress:
         for order in range(2, counter.max_order + 1):
             task = progress.add_task(f"sorting {order}-grams", total=1.0, note="")
             update = partial(_advance, progress, task)
@@ -144,18 +145,6 @@ def _advance(progress: Any, task: Any, share: float) -> None:
     progress.update(task, completed=share)
 
 
-def _progress() -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %  {task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
 def _wordnet() -> tuple[str, int, Iterator[Piece]]:
     from engram_lm import corpus
     from engram_lm.analysis.texts import Piece
@@ -164,13 +153,6 @@ def _wordnet() -> tuple[str, int, Iterator[Piece]]:
     sizes = [len(text.encode()) for text in texts]
     reads = accumulate(sizes)
     return "WordNet", sum(sizes), (Piece(*each) for each in zip(texts, repeat(True), reads))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
 
 
 def _rows(text: str) -> list[int]:
