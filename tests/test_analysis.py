@@ -12,10 +12,11 @@ import torch
 
 from engram_lm import corpus
 from engram_lm.analysis.bands import BANDS, bands, count_ngrams, loss_by_band
-from engram_lm.analysis.compare import PROMPTS, SENTENCES, Arm, compare
+from engram_lm.analysis.compare import PROMPTS, Arm, compare
+from engram_lm.analysis.demo_report import verdict, write_demo_report
 from engram_lm.analysis.from_disk import from_disk
 from engram_lm.analysis.gates import cut, gate_trace
-from engram_lm.analysis.report import verdict, write_report
+from engram_lm.analysis.material import SENTENCES, Material, encoded
 from engram_lm.analysis.results import DemoResults, TrainingLog
 from engram_lm.analysis.samples import samples
 from engram_lm.analysis.token_html import coloured, visible
@@ -233,14 +234,19 @@ def log(model) -> TrainingLog:
 @pytest.fixture(scope="module")
 def results(canonical, tokenizer) -> DemoResults:
     moe, engram = build(canonical, 4, memory=False), build(canonical, 4)
+    texts = corpus.documents("validation")[:60]
+    found = Material(
+        text=HOSTILE,
+        **encoded(((text, True) for text in texts), tokenizer, 2_001),
+        corpus="20,000 <b>tokens",
+        corpus_C=corpus.tokens("validation", 20_000).ids.astype(np.int64),
+        context=64,
+    )
     return compare(
         Arm(name="MoE", model=moe, log=log(moe)),
         Arm(name="Engram", model=engram, log=log(engram)),
         tokenizer,
-        training_ids=corpus.tokens("validation", 20_000).ids,
-        validation_ids=corpus.tokens("validation", 2_000, seed=1).ids,
-        token_bytes=corpus.token_bytes(),
-        context=64,
+        found,
         seed=7,
         command="engram demo --out 'runs/<b>'",
         settings={"data": HOSTILE, "training tokens": 12_736, "learning rate": 3e-3},
@@ -250,21 +256,28 @@ def results(canonical, tokenizer) -> DemoResults:
 
 
 def test_a_comparison_agrees_with_its_parts(results, canonical, tokenizer):
-    ids = corpus.tokens("validation", 2_000, seed=1).ids
-    model = build(canonical, 4)
-    losses = token_losses(model, ids, context=64, batch=5).astype(np.float64)
-    assert results.engram.evaluation.loss == pytest.approx(losses.mean(), rel=1e-6)
+    texts = corpus.documents("validation")[:60]
+    ids = encoded(((text, True) for text in texts), tokenizer, 2_001)["ids_T"][: 31 * 64 + 1]
+    losses = {
+        "Engram": token_losses(build(canonical, 4), ids, context=64, batch=5),
+        "MoE": token_losses(build(canonical, 4, memory=False), ids, context=64, batch=5),
+    }
     size = corpus.token_bytes()[ids[1:]].sum()
-    assert results.engram.evaluation.bpb == pytest.approx(losses.sum() / math.log(2) / size)
-    gap = results.engram.evaluation.loss - results.moe.evaluation.loss
-    assert results.difference == pytest.approx(gap, abs=1e-6)
-    for order, rows in zip(results.orders, results.difference_bands, strict=True):
-        skipped = len(range(0, 1_999, 64)) * (order - 1)
-        assert sum(row["tokens"] for row in rows) == 1_999 - skipped
-    assert [trace.text for trace in results.gates] == list(SENTENCES)
-    assert [sample["prompt"] for sample in results.memory_off.samples] == list(PROMPTS)
-    place = results.gates[2].tokens.index(" a")
-    assert results.gates[2].counts[0][place] > 100  # " is a" stands in many a definition
+    for name, losses_T in losses.items():
+        found = results.losses[name]
+        assert found.loss == pytest.approx(losses_T.mean(dtype=float), rel=1e-6)
+        assert found.bpb == pytest.approx(losses_T.sum(dtype=float) / math.log(2) / size, rel=1e-6)
+    gap = losses["Engram"].astype(float) - losses["MoE"]
+    assert results.bands.difference_mean == pytest.approx(gap.mean(), abs=1e-6)
+    error = gap.reshape(31, 64).mean(1).std(ddof=1) / math.sqrt(31)
+    assert results.bands.difference_error == pytest.approx(error, rel=1e-4)
+    for order, rows in zip(results.bands.orders, results.bands.difference_bands, strict=True):
+        assert sum(row["tokens"] for row in rows) == 31 * (64 - (order - 1))
+    gates = results.analysis.gates
+    assert [trace.text for trace in gates.traces] == list(SENTENCES)
+    assert [sample["prompt"] for sample in results.samples["MoE"]] == list(PROMPTS)
+    place = gates.traces[2].tokens.index(" a")
+    assert gates.traces[2].counts[0][place] > 100  # " is a" stands in many a definition
 
 
 def test_a_model_from_disk_gives_the_same_logits_and_says_what_it_took(results):
@@ -287,7 +300,7 @@ def test_a_model_from_disk_computes_with_the_same_kernels(canonical, attention):
 
 def test_logits_that_differ_are_told(results, tmp_path):
     bad = replace(results, disk=replace(results.disk, equal_logits=False))
-    assert "the logits were NOT the same" in write_report(tmp_path, bad).read_text("utf-8")
+    assert "the logits were NOT the same" in write_demo_report(tmp_path, bad).read_text("utf-8")
 
 
 class Balance(HTMLParser):
@@ -323,8 +336,8 @@ class Balance(HTMLParser):
 @pytest.fixture(scope="module")
 def page(results, tmp_path_factory):
     hostile = [{"prompt": HOSTILE, "text": "</div><script>", "ended": True}]
-    bad = replace(results.memory_off, samples=hostile * len(PROMPTS))
-    return write_report(tmp_path_factory.mktemp("report"), replace(results, memory_off=bad))
+    bad = {**results.samples, "MoE": hostile * len(PROMPTS)}
+    return write_demo_report(tmp_path_factory.mktemp("report"), replace(results, samples=bad))
 
 
 def test_the_report_is_well_formed_and_loads_nothing(page):
@@ -333,24 +346,24 @@ def test_the_report_is_well_formed_and_loads_nothing(page):
     balance.feed(html)
     balance.close()
     assert balance.open == []
-    assert balance.tags.count("script") == 1 and balance.tags.count("svg") == 8
+    assert balance.tags.count("script") == 1 and balance.tags.count("svg") == 18
     assert not re.search(r"https?:|url\((?!#)|@import|<link|<iframe|\x00", html)
     assert html.count("&lt;script&gt;alert(") >= len(PROMPTS)
 
 
 def test_the_report_shows_every_arm_sentence_number_and_figure(page, results):
     html = page.read_text(encoding="utf-8")
-    for evaluation in results.evaluations.values():
-        assert f'<td class="n">{evaluation.loss:.4f}' in html
-        assert f'<td class="n">{evaluation.bpb:.4f}' in html
+    for losses in results.losses.values():
+        assert f'<td class="n">{losses.loss:.4f}' in html
+        assert f'<td class="n">{losses.bpb:.4f}' in html
     for text in ("Engram, memory off", "1,310,720", "two &lt;cores&gt;", "embedding &lt;b&gt;"):
         assert text in html
     assert "the logits were the same, bit for bit" in html
     assert f"{results.disk.rows_asked:,}</td>" in html
-    assert html.count('class="tokens"') == len(SENTENCES)
+    assert html.count('class="tokens"') == html.count('class="tokens change"') == len(SENTENCES)
     assert html.count('type="radio"') == 2 + 2 * 4
     drawn = sorted(path.name for path in (page.parent / "figures").iterdir())
-    assert len(drawn) == 16 and all(name.endswith((".png", ".svg")) for name in drawn)
+    assert len(drawn) == 36 and all(name.endswith((".png", ".svg")) for name in drawn)
 
 
 def test_results_survive_their_json_file(page, results, tmp_path):
@@ -374,9 +387,13 @@ def test_results_survive_their_json_file(page, results, tmp_path):
     ],
 )
 def test_the_verdict_says_what_the_numbers_say(results, nats, bpb, words):
-    moe = results.moe.evaluation
-    engram = replace(results.engram.evaluation, loss=moe.loss + nats, bpb=moe.bpb + bpb)
-    changed = replace(results, engram=replace(results.engram, evaluation=engram), difference=nats)
+    moe = results.losses["MoE"]
+    losses = {
+        **results.losses,
+        "Engram": replace(results.losses["Engram"], loss=moe.loss + nats, bpb=moe.bpb + bpb),
+    }
+    bands = replace(results.bands, losses=losses, difference_mean=nats)
+    changed = replace(results, analysis=replace(results.analysis, bands=bands))
     text = " ".join(verdict(changed))
     assert all(word in text for word in words)
     assert "budgets are not equal" not in text
@@ -393,7 +410,7 @@ def test_tokens_show_what_cannot_be_seen(canonical, tokenizer):
     assert visible(" <") == "<i>·</i>&lt;"
     assert visible("\x00\u200d") == "<i>U+0000</i><i>U+200D</i>" and visible("\u0301")[0] == "◌"
     html = coloured(gate_trace(build(canonical, 4), tokenizer, "A🜁B " + HOSTILE))
-    assert html.count('class="part"') == 3 and "🜁" in html
+    assert html.count('class="part"') == 2 * 3 and "🜁" in html
     assert "<script" not in html and "\x00" not in html
     balance = Balance()
     balance.feed(html)

@@ -418,7 +418,10 @@ def test_the_command_gives_both_columns_and_writes_them(
         assert values == pytest.approx([score.value for score in wanted], abs=1e-6)
     for row in found["scores"]:
         assert row["difference"] == row["on_value"] - row["off_value"]
-    assert main(["eval", str(saved[kind]), *map(str, options), "--memory=off", "--shots=0"]) == 0
+    assert (
+        main(["eval", str(saved[kind]), *map(str, options), "--memory=off", "--set=tasks.shots=0"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "bits_per_byte ↓" in printed and f"{values[-1]:.4f}" in printed
     assert "memory off" in printed and "memory on" not in printed

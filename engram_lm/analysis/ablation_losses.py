@@ -20,6 +20,8 @@ from engram_lm.analysis.bootstrap import interval
 from engram_lm.errors import DataError
 from engram_lm.evaluate.token_losses import token_losses
 
+TOKENS = 16_384
+"""What a report's ablations read, at most: there is a pass for each."""
 Ablation = Callable[[], AbstractContextManager[Any]]
 
 

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from engram_lm.analysis.bands import BandLoss
-from engram_lm.analysis.results import ArmResult, Evaluation
+from engram_lm.analysis.findings import Losses
+from engram_lm.analysis.results import ArmResult
 
 # Of Okabe and Ito's palette, told apart by all common kinds of colour blindness; the third is open
 # and hatched, so that a grey print keeps it apart as well.
@@ -27,7 +28,7 @@ _HATCHES = ("", "", "////")
 _MARKERS = ("o", "s")
 # 4.4 inches fill a phone's width at about the size of its text; two stand side by side on a desk.
 _SIZE = (4.4, 3.1)
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.labelsize": 10,
     "axes.titlesize": 10.5,
@@ -45,8 +46,8 @@ _STYLE: dict[Any, Any] = {
 
 def loss_curves(arms: Sequence[ArmResult], *, last_half: bool) -> Figure:
     """Training loss (line, running mean) and validation loss (markers) over training tokens."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank()
         ends = []
         end = max(point["tokens"] for arm in arms for point in arm.log.curve)
         start = end / 2 if last_half else 0
@@ -74,23 +75,22 @@ def loss_curves(arms: Sequence[ArmResult], *, last_half: bool) -> Figure:
         axes.set_title("last half of training" if last_half else "all of training", loc="left")
         axes.set_xlabel("training tokens")
         axes.set_ylabel("loss, nats per token")
-        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         _label_ends(axes, [arm.name for arm in arms], (BLUE, VERMILION), ends, end)
         return figure
 
 
-def validation_bars(evaluations: dict[str, Evaluation]) -> Figure:
+def validation_bars(losses: dict[str, Losses]) -> Figure:
     """Final validation loss of each, its value written beside the bar."""
-    first = next(iter(evaluations.values())).loss
+    first, *_ = losses.values()
     labels = []
-    for row, evaluation in enumerate(evaluations.values()):
-        difference = "" if row == 0 else _minus(f"  ({evaluation.loss - first:+.3f})")
-        labels.append(f"{evaluation.loss:.3f}{difference}")
-    losses = [evaluation.loss for evaluation in evaluations.values()]
-    unit = f"validation loss, nats per token (against {next(iter(evaluations))})"
-    return _bars(list(evaluations), losses, labels, unit)
+    for row, each in enumerate(losses.values()):
+        difference = "" if row == 0 else minus(f"  ({each.loss - first.loss:+.3f})")
+        labels.append(f"{each.loss:.3f}{difference}")
+    unit = f"validation loss, nats per token (against {next(iter(losses))})"
+    return _bars(list(losses), [each.loss for each in losses.values()], labels, unit)
 
 
 def throughput_bars(arms: Sequence[ArmResult]) -> Figure:
@@ -100,37 +100,36 @@ def throughput_bars(arms: Sequence[ArmResult]) -> Figure:
     return _bars([arm.name for arm in arms], speeds, labels, "training tokens per second")
 
 
-def band_bars(evaluations: dict[str, Evaluation], order: int, index: int) -> Figure:
-    """Loss by how often the n-gram of `order` stood in training, with standard errors."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure()
-        width = 0.8 / len(evaluations)
-        for place, (name, evaluation) in enumerate(evaluations.items()):
-            for column, row in enumerate(evaluation.bands[index]):
+def band_bars(losses: dict[str, Losses], order: int, index: int) -> Figure:
+    """Loss by how often the n-gram of `order` stood in the corpus, with standard errors. Of three
+    models the first is the one compared with; the last is the one before it, with memory off."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank()
+        width, looks = 0.8 / len(losses), len(_FACES) - len(losses)
+        for place, (name, each) in enumerate(losses.items()):
+            for column, row in enumerate(each.bands[index]):
                 if row["mean"] is None:
                     continue
                 axes.bar(
-                    column + (place - (len(evaluations) - 1) / 2) * width,
+                    column + (place - (len(losses) - 1) / 2) * width,
                     row["mean"],
                     width * 0.92,
                     yerr=row["standard_error"],
-                    color=_FACES[place],
-                    edgecolor=_EDGES[place],
-                    hatch=_HATCHES[place],
+                    color=_FACES[looks + place],
+                    edgecolor=_EDGES[looks + place],
+                    hatch=_HATCHES[looks + place],
                     error_kw={"elinewidth": 1, "capsize": 1.5, "ecolor": INK},
-                    label=name if column == _first_filled(evaluation.bands[index]) else None,
+                    label=name if column == _first_filled(each.bands[index]) else None,
                 )
-        axes.set_title(f"{order}-gram before the predicted token", loc="left", pad=24)
+        axes.set_title(f"{order}-gram before the predicted token", loc="left")
         axes.set_ylabel("loss, nats per token")
-        _band_axis(axes, next(iter(evaluations.values())).bands[index])
+        _band_axis(axes, next(iter(losses.values())).bands[index])
         axes.grid(axis="y", color=GRID, linewidth=0.7)
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),  # between the title and the bars
-            ncols=len(evaluations),
+        short = sum(map(len, losses)) < 32
+        figure.legend(
+            loc="outside upper left",
+            ncols=len(losses) if short else 1,  # long names stand below one another
             frameon=False,
-            borderpad=0.2,
-            borderaxespad=0.4,
             handlelength=1.4,
             handletextpad=0.5,
             columnspacing=1.2,
@@ -140,8 +139,8 @@ def band_bars(evaluations: dict[str, Evaluation], order: int, index: int) -> Fig
 
 def band_differences(rows: Sequence[BandLoss], order: int, title: str) -> Figure:
     """Difference of two arms in each band, with the standard error of the paired difference."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank()
         axes.axhline(0, color=INK, linewidth=1)
         for column, row in enumerate(rows):
             if row["mean"] is None:
@@ -152,7 +151,7 @@ def band_differences(rows: Sequence[BandLoss], order: int, title: str) -> Figure
                 column, row["mean"], yerr=error, color=colour, marker="s", capsize=3, markersize=4.5
             )
             axes.annotate(
-                _minus(f"{row['mean']:+.3f}"),
+                minus(f"{row['mean']:+.3f}"),
                 (column, row["mean"]),
                 xytext=(9, 0),
                 textcoords="offset points",
@@ -175,7 +174,7 @@ def smoothing(arm: ArmResult) -> int:
 def save(figure: Figure, directory: Path, name: str) -> str:
     """Writes name.svg and name.png, and gives the SVG for a page that may hold others beside it."""
     directory.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(directory / f"{name}.png", dpi=200, metadata={"Software": None})
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -189,7 +188,8 @@ def save(figure: Figure, directory: Path, name: str) -> str:
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', svg, count=1)
 
 
-def _figure(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
+def blank(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
+    """Inside a `matplotlib.rc_context(STYLE)`: one pair of axes, as wide as all figures are."""
     figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -197,8 +197,8 @@ def _figure(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
 def _bars(
     names: Sequence[str], values: Sequence[float], labels: Sequence[str], unit: str
 ) -> Figure:
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(height=0.85 + 0.5 * len(names))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank(height=0.85 + 0.5 * len(names))
         bars = axes.barh(range(len(names)), values, height=0.62)
         for bar, face, edge, hatch in zip(bars, _FACES, _EDGES, _HATCHES, strict=False):
             bar.set(facecolor=face, edgecolor=edge, hatch=hatch)
@@ -207,7 +207,7 @@ def _bars(
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.set_xlim(0, max(values) * 1.5)  # room for the labels
-        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(unit)
         return figure
@@ -215,11 +215,11 @@ def _bars(
 
 def _band_axis(axes: Axes, rows: Sequence[BandLoss]) -> None:
     labels = [
-        f"{row['band'].replace(' and more', '+')}\n({_thousands(row['tokens'])})" for row in rows
+        f"{row['band'].replace(' and more', '+')}\n({thousands(row['tokens'])})" for row in rows
     ]
     axes.set_xticks(range(len(rows)), labels)
     axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("times in training (number of validation tokens)")
+    axes.set_xlabel("times in the corpus (number of tokens)")
 
 
 def _first_filled(rows: Sequence[BandLoss]) -> int:
@@ -260,12 +260,19 @@ def _label_ends(
         )
 
 
-def _minus(text: str) -> str:
+def minus(text: str) -> str:
+    """With true minus signs."""
     return text.replace("-", "\u2212")
 
 
-def _thousands(value: float, _position: int = 0) -> str:
+def thousands(value: float, _position: int = 0) -> str:
+    """1234 as 1.23k; a formatter of axes too."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def seeds(checkpoints: int) -> str:
+    """As figures and tables say it."""
+    return "one seed" if checkpoints == 1 else f"{checkpoints} seeds"

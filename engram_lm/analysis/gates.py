@@ -4,16 +4,18 @@ Shapes: L Engram layers, T token ids, S streams, B and D as in the model.
 Figure 7 of arXiv 2601.07372 shows hand-picked gates; here all of them are kept.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from engram_lm.analysis.ablation import memory_decoder, memory_off
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import separator_of
 from engram_lm.evaluate.inference import inference
@@ -44,7 +46,15 @@ class GateTrace:
     ngrams: list[list[str]]
     """Order -> token -> decoded text of the n-gram that ends there, with U+FFFD for cut bytes."""
     counts: list[list[int]] | None = None
-    """Order -> token -> how often that n-gram stood in the training ids; None if nobody counted."""
+    """Order -> token -> how often that n-gram stood in the corpus; None if nobody counted."""
+    rows: list[list[list[int]]]
+    """Layer -> token -> head (order-major): the row that is read, in the layer's whole table."""
+    sharers: list[list[list[int]]] | None = None
+    """The same: how many distinct n-grams of the corpus read that row."""
+    losses: list[float | None]
+    """Nats that the token itself cost to predict; None for the first, which nothing predicts."""
+    losses_off: list[float | None]
+    """The same without memory."""
     gates: Nested
     """Layer -> token -> stream: 0 (shut) to 1 (open)."""
     contributions: Nested
@@ -60,7 +70,8 @@ class GateTrace:
 
 
 def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
-    """Runs a model of ours, or one with a memory attached, once on a separator and the text.
+    """Runs a model of ours, or one with a memory attached, on a separator and the text: as it is,
+    and without memory.
 
     tokenizer: a fast one of transformers. ConfigError for a model without memory, DataError where
     the text holds no token.
@@ -75,8 +86,13 @@ def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
     ids = [separator, *encoding["input_ids"]]
     layers = list(memory.specification.layers)
     orders = list(range(2, memory.specification.max_order + 1))
-    with inference(model), _watched(model, layers) as (gates, contributions):
-        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    ids_BT = torch.tensor([ids], device=model.device)
+    with inference(model):
+        with watched_gates(model, layers) as (gates, contributions):
+            losses = _losses(model, ids_BT)
+        with memory_off(model):
+            losses_off = _losses(model, ids_BT)
+        rows_LBTH = memory_decoder(model).memory.addresses.rows(ids_BT)
     return GateTrace(
         text=text,
         layers=layers,
@@ -85,9 +101,38 @@ def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
         tokens=[tokenizer.convert_ids_to_tokens(separator), *cut(text, encoding["offset_mapping"])],
         orders=orders,
         ngrams=[_ngrams(tokenizer, ids, order) for order in orders],
-        gates=[gates[layer].tolist() for layer in layers],
-        contributions=[contributions[layer].tolist() for layer in layers],
+        rows=rows_LBTH[:, 0].tolist(),
+        losses=losses,
+        losses_off=losses_off,
+        gates=[gates[layer][0].tolist() for layer in layers],
+        contributions=[contributions[layer][0].tolist() for layer in layers],
     )
+
+
+def stream_gates(
+    model: Any,
+    ids_NT: npt.NDArray[np.integer],
+    *,
+    batch: int = 8,
+    autocast: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Values, Values]:
+    """Gates and contributions of windows of a long text: (L, N, T, S) each, as in a trace.
+
+    progress: windows so far. ConfigError for a model without memory.
+    """
+    layers = list(memory_decoder(model).memory.addresses.layers)
+    found: tuple[list[Values], list[Values]] = ([], [])
+    with inference(model), watched_gates(model, layers) as kept:
+        for first in range(0, len(ids_NT), batch):
+            part = torch.from_numpy(ids_NT[first : first + batch].astype(np.int64))
+            with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
+                model(input_ids=part.to(model.device), use_cache=False, logits_to_keep=1)
+            for values, by_layer in zip(found, kept, strict=True):
+                values.append(torch.stack([by_layer[layer] for layer in layers]).numpy())
+            if progress is not None:
+                progress(min(first + batch, len(ids_NT)))
+    return np.concatenate(found[0], axis=1), np.concatenate(found[1], axis=1)
 
 
 def cut(text: str, offsets: list[tuple[int, int]]) -> list[str]:
@@ -105,11 +150,17 @@ def cut(text: str, offsets: list[tuple[int, int]]) -> list[str]:
     return texts
 
 
+def _losses(model: Any, ids_BT: Tensor) -> list[float | None]:
+    logits_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :-1].float()
+    return [None, *F.cross_entropy(logits_TV, ids_BT[0, 1:], reduction="none").tolist()]
+
+
 @contextmanager
-def _watched(
+def watched_gates(
     model: Any, layers: list[int]
 ) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    # Layer -> (T, S) of the first sequence that runs inside.
+    """Inside, each forward pass leaves layer -> (B, T, S), float32: its gates, and lengths of what
+    memory adds over those of the hidden states."""
     gates: dict[int, Tensor] = {}
     contributions: dict[int, Tensor] = {}
 
@@ -119,13 +170,13 @@ def _watched(
         fuse = blocks[layer].engram
 
         def keep_gate(_module: Any, _inputs: Any, gate_BTS: Tensor) -> None:
-            gates[layer] = gate_BTS[0].float().cpu()
+            gates[layer] = gate_BTS.float().cpu()
 
         def keep_contribution(_module: Any, inputs: tuple[Any, ...], fused: Fused) -> None:
-            update_TS = fused.update_BTSD[0].float().norm(dim=-1)
-            hidden_TS = inputs[0][0].float().norm(dim=-1)
+            update_BTS = fused.update_BTSD.float().norm(dim=-1)
+            hidden_BTS = inputs[0].float().norm(dim=-1)
             tiny = torch.finfo(torch.float32).tiny  # a hidden state of zeros must not give inf
-            contributions[layer] = (update_TS / hidden_TS.clamp_min(tiny)).cpu()
+            contributions[layer] = (update_BTS / hidden_BTS.clamp_min(tiny)).cpu()
 
         stack.callback(fuse.gate.register_forward_hook(keep_gate).remove)
         stack.callback(fuse.register_forward_hook(keep_contribution).remove)

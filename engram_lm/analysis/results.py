@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from engram_lm.analysis.bands import BandLoss
+from engram_lm.analysis.findings import Analysis, BandFindings, Losses
 from engram_lm.analysis.from_disk import FromDisk
-from engram_lm.analysis.gates import GateTrace
 from engram_lm.analysis.samples import Sample
 from engram_lm.errors import DataError
 
@@ -70,25 +69,11 @@ class TrainingLog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One model on the validation tokens; the same model with its memory off has another."""
-
-    loss: float
-    """Nats per token."""
-    bpb: float
-    """Bits per byte of UTF-8 text."""
-    bands: list[list[BandLoss]]
-    """Order -> band."""
-    samples: list[Sample]
-
-
-@dataclass(frozen=True, kw_only=True)
 class ArmResult:
     """One of the models that are compared."""
 
     name: str
     log: TrainingLog
-    evaluation: Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +82,12 @@ class DemoResults:
 
     moe: ArmResult
     engram: ArmResult
-    memory_off: Evaluation
-    """The Engram arm without its memory, weights untouched."""
-    orders: list[int]
-    """Of the n-grams in every `bands`, ascending."""
-    difference_bands: list[list[BandLoss]]
-    """Engram minus MoE, token by token: order -> band."""
-    difference: float
-    """Mean over all validation tokens of Engram minus MoE, nats."""
-    difference_error: float
-    """Standard error of `difference` over validation windows; the seed's share is not in it."""
-    gates: list[GateTrace]
+    analysis: Analysis
+    """Of the Engram arm against the MoE."""
+    samples: dict[str, list[Sample]]
+    """Of each of `losses`."""
     disk: FromDisk
     """The Engram arm with its rows on disk."""
-    context: int
-    validation_tokens: int
-    validation_bytes: int
     analysis_seconds: float
     settings: dict[str, Value]
     """What was trained and how: label -> value, shown in this order."""
@@ -126,13 +101,17 @@ class DemoResults:
         return self.moe, self.engram
 
     @property
-    def evaluations(self) -> dict[str, Evaluation]:
-        """Name -> evaluation: both arms, and the second with its memory off."""
-        return {
-            self.moe.name: self.moe.evaluation,
-            self.engram.name: self.engram.evaluation,
-            f"{self.engram.name}, memory off": self.memory_off,
-        }
+    def bands(self) -> BandFindings:
+        """The part of the analysis that every comparison has."""
+        assert self.analysis.bands is not None
+        return self.analysis.bands
+
+    @property
+    def losses(self) -> dict[str, Losses]:
+        """Name -> losses: both arms, and the second with its memory off."""
+        off = f"{self.engram.name}, memory off"
+        names = (self.moe.name, self.engram.name, off)
+        return {name: self.bands.losses[name] for name in names}
 
     def save(self, path: Path) -> None:
         """Writes JSON, aside first, then renamed. ValueError if a number is not finite."""
@@ -146,18 +125,11 @@ class DemoResults:
         """What `save` wrote. DataError where the file is missing or is not such a record."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            record |= {arm: _arm(record[arm]) for arm in ("moe", "engram")}
-            record["memory_off"] = Evaluation(**record["memory_off"])
+            for arm in ("moe", "engram"):
+                log = TrainingLog(**record[arm]["log"])
+                record[arm] = ArmResult(name=record[arm]["name"], log=log)
             record["disk"] = FromDisk(**record["disk"])
-            record["gates"] = [GateTrace(**trace) for trace in record["gates"]]
+            record["analysis"] = Analysis.of(record["analysis"])
             return cls(**record)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: no results of a comparison can be read ({error})") from error
-
-
-def _arm(record: dict[str, object]) -> ArmResult:
-    log, evaluation = record["log"], record["evaluation"]
-    assert isinstance(log, dict) and isinstance(evaluation, dict)
-    return ArmResult(
-        name=str(record["name"]), log=TrainingLog(**log), evaluation=Evaluation(**evaluation)
-    )

@@ -1,4 +1,5 @@
-"""Texts with every token coloured by its gate, as HTML that works without JavaScript.
+"""Texts with every token coloured by its gate, and by what memory does to its loss, as HTML that
+works without JavaScript.
 
 A token's colour comes from two CSS properties: --m, the largest gate over all layers and streams,
 is what a page shows at first and in print; --g, set by the page's script, is that of a chosen layer
@@ -10,8 +11,11 @@ from collections.abc import Sequence
 from itertools import product
 
 from engram_lm.analysis.escape import escape
+from engram_lm.analysis.figures import minus
 from engram_lm.analysis.gates import GateTrace
 
+CHANGE = 3.0
+"""Nats of change in a token's loss that have the full colour; the scale is always this one."""
 _SHOWN = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
@@ -27,18 +31,22 @@ def choices(trace: GateTrace) -> list[str]:
 
 
 def coloured(trace: GateTrace) -> str:
-    """One text, and under it a table with the numbers behind its colours."""
-    spans, rows = [], []
+    """One text twice, by its gates and by the change in loss when memory is off, and under it a
+    table with the numbers behind its colours."""
+    spans, changes, rows = [], [], []
     for token in range(len(trace.tokens)):
         gates, added = _flat(trace.gates, token), _flat(trace.contributions, token)
         spans.append(_span(trace, token, gates, added))
+        changes.append(_change_span(trace, token))
         rows.append(_row(trace, token, gates, added))
-    heads = "".join(f"<th>{order}-gram (in training)</th>" for order in trace.orders)
+    heads = "".join(f"<th>{order}-gram (in the corpus)</th>" for order in trace.orders)
     return (
-        f'<div class="trace"><p class="tokens">{"".join(spans)}</p>'
+        f'<div class="trace"><div class="pair"><p class="tokens">{"".join(spans)}</p>'
+        f'<p class="tokens change">{"".join(changes)}</p></div>'
         "<details><summary>the numbers</summary>"
         '<div class="wide"><table><thead><tr><th>token</th><th class="n">largest gate</th>'
-        f'<th>where</th><th class="n">added there</th>{heads}</tr></thead>'
+        '<th>where</th><th class="n">added there</th><th class="n">loss</th>'
+        f'<th class="n">memory off</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></details></div>"
     )
 
@@ -60,16 +68,33 @@ def _visible(character: str) -> str:
 
 
 def _span(trace: GateTrace, token: int, gates: Sequence[float], added: Sequence[float]) -> str:
+    style = f"--m:{max(gates):.3f};--n:{min(1, max(added)):.3f}"
+    return _box(
+        trace,
+        token,
+        f'style="{style}" data-g="{_values(gates)}" '
+        f'data-c="{_values([min(1, value) for value in added])}" '
+        f'title="{escape(_tooltip(trace, token, gates, added))}"',
+    )
+
+
+def _change_span(trace: GateTrace, token: int) -> str:
+    loss, off = trace.losses[token], trace.losses_off[token]
+    if loss is None or off is None:
+        return _box(trace, token, 'title="nothing predicts the first token"')
+    change = off - loss
+    colour = "--up" if change > 0 else "--down"
+    said = f"loss {loss:.3f} nats, memory off {off:.3f}: {minus(f'{change:+.3f}')}"
+    share = min(1.0, abs(change) / CHANGE)
+    return _box(trace, token, f'style="{colour}:{share:.3f}" title="{said}"')
+
+
+def _box(trace: GateTrace, token: int, attributes: str) -> str:
     text = trace.tokens[token]
     # Lines may break before a word. A space that is only drawn gives a browser no such place.
     before = "<wbr>" if text[:1].isspace() or not text[:1].isascii() else ""
     kind = "" if text else ' class="part"'
-    style = f"--m:{max(gates):.3f};--n:{min(1, max(added)):.3f}"
-    return (
-        f'{before}<b{kind} style="{style}" data-g="{_values(gates)}" '
-        f'data-c="{_values([min(1, value) for value in added])}" '
-        f'title="{escape(_tooltip(trace, token, gates, added))}">{visible(text)}</b>'
-    )
+    return f"{before}<b{kind} {attributes}>{visible(text)}</b>"
 
 
 def _tooltip(trace: GateTrace, token: int, gates: Sequence[float], added: Sequence[float]) -> str:
@@ -81,6 +106,17 @@ def _tooltip(trace: GateTrace, token: int, gates: Sequence[float], added: Sequen
         f"{order}-gram: {trace.ngrams[index][token]!r}{_seen(trace, index, token)}"
         for index, order in enumerate(trace.orders)
     ]
+    for place, layer in enumerate(trace.layers):
+        heads = len(trace.rows[place][token]) // len(trace.orders)
+        for index, order in enumerate(trace.orders):
+            part = slice(index * heads, (index + 1) * heads)
+            rows = trace.rows[place][token][part]
+            said = ", ".join(f"{row:,}" for row in rows)
+            if trace.sharers is not None:
+                known = trace.counts is not None and trace.counts[index][token] > 0
+                others = [sharers - known for sharers in trace.sharers[place][token][part]]
+                said += f" (other n-grams on them: {', '.join(map(str, others))})"
+            lines.append(f"layer {layer}, {order}-gram reads rows {said}")
     return "\n".join(lines)
 
 
@@ -92,8 +128,14 @@ def _row(trace: GateTrace, token: int, gates: Sequence[float], added: Sequence[f
     )
     return (
         f'<tr><td>{visible(trace.tokens[token])}</td><td class="n">{gates[best]:.3f}</td>'
-        f'<td>{choices(trace)[best]}</td><td class="n">{added[best]:.3f}</td>{ngrams}</tr>'
+        f'<td>{choices(trace)[best]}</td><td class="n">{added[best]:.3f}</td>'
+        f'<td class="n">{_nats(trace.losses[token])}</td>'
+        f'<td class="n">{_nats(trace.losses_off[token])}</td>{ngrams}</tr>'
     )
+
+
+def _nats(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.3f}"
 
 
 def _seen(trace: GateTrace, index: int, token: int) -> str:

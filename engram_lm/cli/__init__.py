@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from engram_lm.cli import (
+    analyze,
     budget,
     data,
     demo,
@@ -26,7 +27,7 @@ from engram_lm.cli import (
 )
 from engram_lm.errors import EngramError
 
-VERBS = {
+VERBS: dict[str, Any] = {
     "data": data,
     "demo": demo,
     "train": train,
@@ -40,6 +41,13 @@ VERBS = {
     "plan serve": plan_serve,
     "pack": pack,
     "info": info,
+    "analyze": analyze,
+    "gates": analyze.gates,
+    "lens": analyze.lens,
+    "bands": analyze.bands,
+    "addresses": analyze.addresses,
+    "alignment": analyze.alignment,
+    "ablation": analyze.ablation,
     "inspect": inspect,
 }
 

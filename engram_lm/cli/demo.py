@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     results = demo(config, arguments.out, console, command)
     grid = Grid("", "loss, nats per token", "bits per byte", "tokens/s")
     speeds = {arm.name: f"{arm.log.tokens_per_second:,.0f}" for arm in results.arms}
-    for name, evaluation in results.evaluations.items():
-        grid.add_row(name, f"{evaluation.loss:.4f}", f"{evaluation.bpb:.4f}", speeds.get(name, ""))
+    for name, losses in results.losses.items():
+        grid.add_row(name, f"{losses.loss:.4f}", f"{losses.bpb:.4f}", speeds.get(name, ""))
     console.print(grid)
     console.print(f"report: {(arguments.out / 'report.html').resolve()}", soft_wrap=True)
     print(json.dumps(summary(results)))

@@ -1,87 +1,168 @@
-"""`engram eval`: tasks of lm-evaluation-harness on a saved model, with memory and without."""
+"""`engram eval`: suites of ours and tasks of lm-evaluation-harness on saved models, with memory and
+without."""
 
 import argparse
 import json
 import os
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column
-from rich.table import Table as Grid
 
-from engram_lm.cli.settings import opening, prepare
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.cli import evaluate_suites, evaluate_tasks
+from engram_lm.cli.settings import open_model, opening, prepare, setting, settings
+from engram_lm.errors import ConfigError, DataError, MismatchError
 
 if TYPE_CHECKING:
     from engram_lm.evaluate.harness import Score
+    from engram_lm.evaluate.suite_scores import SuiteScore
 
-HELP = "Run tasks of lm-evaluation-harness on a saved model, with memory, without, or both."
+HELP = "Run our suites and tasks of lm-evaluation-harness, with memory, without, or both."
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
+OTHERS: dict[str, tuple[type, ...]] = {
+    "suites.seed": (int,),
+    "minimal_pairs.files": (str, list),
+    "tasks.shots": (int,),
+    "memory.budget": (str, int),
+}
+"""What --set knows beside the suites' own fields. A budget leaves rows on disk."""
+QUESTIONS = 200
 COLUMNS = {"on": ("on",), "off": ("off",), "both": ("on", "off")}
 
 
 def options(add: Callable[..., Any]) -> None:
-    add("directory", type=Path, metavar="DIR", help="where save_pretrained wrote")
-    add("--tasks", required=True, help="names of tasks or groups, or task files: a,b")
-    add("--include", type=Path, metavar="DIR", help="a directory of task files of your own")
-    add("--limit", type=int, help="documents of each task (default: all)")
-    add("--batch-size", type=int, default=8, help="requests read at once (default: %(default)s)")
-    add("--shots", type=int, help="examples before each question (default: as the task says)")
+    add(
+        "directories",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="where save_pretrained wrote; several are one model, trained with several seeds",
+    )
+    add("--suites", help=f"of ours: a,b of {', '.join(evaluate_suites.NAMES)}")
+    add("--tasks", help="of lm-evaluation-harness: names of tasks or groups, or task files: a,b")
     add(
         "--memory",
         choices=tuple(COLUMNS),
         default="on",
         help="off: the backbone alone; both: two columns (default: %(default)s)",
     )
+    add("--limit", type=int, help="documents of a task, questions of a suite's kind (all, 200)")
+    add("--include", type=Path, metavar="DIR", help="a directory of task files of your own")
+    add("--batch-size", type=int, default=8, help="texts read at once (default: %(default)s)")
+    setting(add, f"two_source.entities=1500; also {', '.join(OTHERS)}")
     add("--out", type=Path, metavar="FILE", help="write the scores there, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    directories, out = arguments.directories, arguments.out
+    _check(arguments)
+    changes = settings(arguments.set, (*evaluate_suites.NAMES, "suites", "tasks", "memory"))
+    for group, given in (("tasks", arguments.tasks), ("suites", arguments.suites)):
+        if changes[group] and not given:
+            raise ConfigError(f"--set {group}.{next(iter(changes[group]))}: without --{group}")
+    others = _others(changes)
     prepare(None)
-    model, tokenizer = _opened(arguments.directory)
-    has_memory = getattr(model.config, "memory", None) is not None
-    if arguments.memory != "on" and not has_memory:
-        raise ConfigError(f"memory={arguments.memory!r}: this model has none")
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise DataError(f"{arguments.out}: no such directory as {arguments.out.parent}")
-    from engram_lm.evaluate.harness import Harness
-
-    names = [name for name in arguments.tasks.split(",") if name]
-    with Console(stderr=True).status("reading the tasks"):
-        harness = Harness(names, include=arguments.include, shots=arguments.shots)
-    scores = {
-        column: harness.scores(
-            model,
-            tokenizer,
-            memory=column == "on",
-            limit=arguments.limit,
-            batch=arguments.batch_size,
-        )
-        for column in COLUMNS[arguments.memory]
-    }
-    record = {
-        "command": "eval",
-        "model": str(arguments.directory),
-        "tasks": names,
-        "limit": arguments.limit,
-        "batch_size": arguments.batch_size,
-        "memory": arguments.memory if has_memory else None,
-        "scores": _rows(scores),
-    }
-    if arguments.out is not None:
-        _write(arguments.out, record)
+    asking = evaluate_suites.Asking(
+        names=evaluate_suites.named(arguments.suites, changes),
+        changes=changes,
+        files=others["minimal_pairs.files"],
+        questions=QUESTIONS if arguments.limit is None else arguments.limit,
+        seed=others["suites.seed"] or 0,
+        batch=arguments.batch_size,
+    )
+    evaluate_suites.suites(asking)  # what is wrong with them is said before a model is opened
+    harness = None
+    if arguments.tasks:
+        harness = evaluate_tasks.harness(arguments, others["tasks.shots"])
+    columns = COLUMNS[arguments.memory]
+    suite_scores: dict[str, list[list[SuiteScore]]] = {column: [] for column in columns}
+    task_scores: dict[str, list[list[Score]]] = {column: [] for column in columns}
+    record: dict[str, Any] = {}
+    kinds = set()
+    for directory in directories:
+        with Console(stderr=True).status(f"opening {directory}"):
+            model, tokenizer = _opened(directory, others["memory.budget"])
+        has_memory = getattr(model.config, "memory", None) is not None
+        if not has_memory and arguments.memory != "on":
+            raise ConfigError(f"memory={arguments.memory!r}: this model has none")
+        if not has_memory and others["memory.budget"] is not None:
+            raise ConfigError(
+                f"memory.budget={others['memory.budget']!r}: this model has no memory"
+            )
+        kinds.add((type(model), model.config.vocab_size, has_memory))
+        if len(kinds) > 1:
+            raise MismatchError(f"{directory}: not the model of {directories[0]} with another seed")
+        suites = evaluate_suites.suites(asking, model, tokenizer)
+        found = evaluate_suites.scored(model, tokenizer, suites, columns, asking)
+        for column in columns:
+            suite_scores[column].append(found[column])
+            if harness is not None:
+                task_scores[column].append(
+                    harness.scores(
+                        model,
+                        tokenizer,
+                        memory=column == "on",
+                        limit=arguments.limit,
+                        batch=arguments.batch_size,
+                    )
+                )
+        record = {
+            "command": "eval",
+            "models": [str(each) for each in directories[: len(suite_scores[columns[0]])]],
+            "memory": arguments.memory if has_memory else None,
+            "batch_size": arguments.batch_size,
+            "tasks": evaluate_tasks.names(arguments),
+            "limit": arguments.limit,
+            "scores": evaluate_tasks.rows(task_scores),
+            "suites": {name: evaluate_suites.described(suite) for name, suite in suites.items()},
+            "questions": asking.questions,
+            "seed": asking.seed,
+            "suite_scores": evaluate_suites.rows(suite_scores),
+        }
+        if out is not None:  # after each model: the others may take hours
+            _write(out, record)
     if arguments.json:
         print(json.dumps(record))
-    else:
-        _show(record)
+        return
+    if asking.names:
+        evaluate_suites.show(record, columns)
+    if harness is not None:
+        evaluate_tasks.show(record, columns)
 
 
-def _opened(directory: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _check(arguments: argparse.Namespace) -> None:
+    directories, out = arguments.directories, arguments.out
+    if not arguments.tasks and not arguments.suites:
+        raise ConfigError(
+            f"--suites or --tasks is needed; suites are {', '.join(evaluate_suites.NAMES)}"
+        )
+    if len(set(directories)) < len(directories):
+        raise ConfigError(f"{' '.join(map(str, directories))}: one of them is given twice")
+    for name, value in (("limit", arguments.limit), ("batch_size", arguments.batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}: at least 1")
+    if out is not None and not out.parent.is_dir():
+        raise DataError(f"{out}: no such directory as {out.parent}")
+
+
+def _others(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those of OTHERS, None where they are not set; taken out of `changes`."""
+    found = dict.fromkeys(OTHERS)
+    for group in ("minimal_pairs", "suites", "tasks", "memory"):
+        for key, value in changes.pop(group).items():
+            name = f"{group}.{key}"
+            if name not in OTHERS:
+                raise ConfigError(f"{name}: unknown; accepted are {', '.join(OTHERS)}")
+            if type(value) not in OTHERS[name]:
+                kinds = " or ".join(kind.__name__ for kind in OTHERS[name])
+                raise ConfigError(f"{name}={value!r}: {kinds} is needed")
+            found[name] = value
+    return found
+
+
+def _opened(directory: Path, budget: str | int | None) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
 
     with opening(directory):
         if not any((directory / name).is_file() for name in TOKENIZERS):
@@ -89,54 +170,9 @@ def _opened(directory: Path) -> tuple[Any, Any]:
                 f"{directory}: no tokenizer; tokenizer.save_pretrained puts it beside the model"
             )
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory)
+        places = {"memory": None if budget is None else "disk", "memory_budget": budget}
+        model = open_model(directory, places)
     return model, tokenizer
-
-
-def _rows(columns: "dict[str, list[Score]]") -> list[dict[str, Any]]:
-    """A record a metric; the same ones in every column."""
-    rows = []
-    for scores in zip(*columns.values(), strict=True):
-        first = scores[0]
-        row: dict[str, Any] = {
-            "task": first.task,
-            "metric": first.metric,
-            "shots": first.shots,
-            "documents": first.documents,
-            "higher_is_better": first.higher_is_better,
-        }
-        for column, score in zip(columns, scores, strict=True):
-            row |= {f"{column}_value": score.value, f"{column}_stderr": score.stderr}
-        if len(columns) == 2:
-            row["difference"] = row["on_value"] - row["off_value"]
-        rows.append(row)
-    return rows
-
-
-def _show(record: dict[str, Any]) -> None:
-    columns = COLUMNS[record["memory"] or "on"]
-    titles = [f"memory {column}" for column in columns] if record["memory"] else ["value"]
-    grid = Grid(Column("task", overflow="fold"), title=record["model"], box=SIMPLE_HEAD)
-    for title in ["shots", "of", *titles, *(["on - off"] if len(columns) == 2 else [])]:
-        grid.add_column(title, justify="right")
-    for task, rows in groupby(record["scores"], lambda row: row["task"]):
-        scores = list(rows)
-        grid.add_row(task, _count(scores[0]["shots"]), _count(scores[0]["documents"]))
-        for row in scores:
-            better = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
-            cells = [_value(row[f"{column}_value"], row[f"{column}_stderr"]) for column in columns]
-            if len(columns) == 2:
-                cells.append(f"{row['difference']:+.4f}")
-            grid.add_row(f"  {row['metric']}{better}", "", "", *cells)
-    Console().print(grid)
-
-
-def _value(value: float, stderr: float | None) -> str:
-    return f"{value:.4f}" if stderr is None else f"{value:.4f}\n± {stderr:.4f}"
-
-
-def _count(number: int | None) -> str:
-    return "" if number is None else f"{number:,}"
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

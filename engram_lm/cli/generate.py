@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import open_model, opening, prepare
+from engram_lm.cli.settings import (
+    memory_options,
+    memory_places,
+    open_model,
+    opening,
+    prepare,
+)
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Continue a text, streamed."
@@ -29,13 +35,7 @@ def options(add: Callable[..., Any]) -> None:
         help="0 takes the likeliest (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    add(
-        "--memory",
-        choices=("on", "off", "disk"),
-        default="on",
-        help="off: the backbone alone; disk: rows stay in the files (default: %(default)s)",
-    )
-    add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
+    memory_options(add, "off")
     add("--tables", type=Path, help="directory of packed tables to read them from (`engram pack`)")
 
 
@@ -54,11 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
             "at least 1, and 0 or more"
         )
     with opening(arguments.model):
-        places = {
-            "memory": "disk" if arguments.memory == "disk" else None,
-            "memory_budget": arguments.memory_budget,
-            "tables": arguments.tables,
-        }
+        places = memory_places(arguments) | {"tables": arguments.tables}
         model = open_model(arguments.model, places).eval()
         if not hasattr(model.config, "memory_config"):
             raise DataError(f"{arguments.model}: a {model.config.model_type!r} without memory")

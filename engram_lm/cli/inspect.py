@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import file_bytes, open_model, opening, prepare, progress_bars
+from engram_lm.cli.settings import (
+    file_bytes,
+    memory_options,
+    memory_places,
+    open_model,
+    opening,
+    prepare,
+    progress_bars,
+)
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Say what a memory holds for a text: rows, who shares them, gates, what each row does."
@@ -26,13 +34,7 @@ def options(add: Callable[..., Any]) -> None:
         type=Path,
         help="file whose n-grams are counted on the rows: one document, or .jsonl",
     )
-    add(
-        "--memory",
-        choices=("on", "disk"),
-        default="on",
-        help="disk: rows stay in the files (default: %(default)s)",
-    )
-    add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
+    memory_options(add)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,11 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     prepare(None)
     with opening(arguments.model):
-        places = {
-            "memory": "disk" if arguments.memory == "disk" else None,
-            "memory_budget": arguments.memory_budget,
-        }
-        model = open_model(arguments.model, places)
+        model = open_model(arguments.model, memory_places(arguments))
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if getattr(model.config, "memory_config", None) is None:
         raise ConfigError(f"{arguments.model}: a model without memory")

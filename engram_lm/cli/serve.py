@@ -6,7 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import open_model, opening, prepare
+from engram_lm.cli.settings import (
+    memory_options,
+    memory_places,
+    open_model,
+    opening,
+    prepare,
+)
 from engram_lm.errors import ConfigError
 
 HELP = "Serve a model to OpenAI clients."
@@ -25,13 +31,7 @@ def options(add: Callable[..., Any]) -> None:
     )
     add("--host", default="127.0.0.1", help="(default: %(default)s)")
     add("--port", type=int, default=8000, help="(default: %(default)s)")
-    add(
-        "--memory",
-        choices=("on", "disk"),
-        default="on",
-        help="disk: rows stay in the files (default: %(default)s)",
-    )
-    add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
+    memory_options(add)
     add(
         "--batch",
         type=int,
@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     name = arguments.name or arguments.model.resolve().name
     places = {}
     if arguments.memory == "disk" or arguments.memory_budget is not None:
-        disk = "disk" if arguments.memory == "disk" else None
-        places = {"memory": disk, "memory_budget": arguments.memory_budget}
+        places = memory_places(arguments)
     with opening(arguments.model):
         model = open_model(arguments.model, places)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)

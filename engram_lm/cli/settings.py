@@ -87,6 +87,26 @@ def open_model(directory: Path, places: dict[str, Any]) -> Any:
     return AttachedForCausalLM.from_pretrained(directory, **places)
 
 
+def memory_options(add: Callable[..., Any], *choices: str) -> None:
+    """Adds `--memory` (on, disk and these) and `--memory-budget`."""
+    off = "off: the backbone alone; " if "off" in choices else ""
+    add(
+        "--memory",
+        choices=("on", *choices, "disk"),
+        default="on",
+        help=f"{off}disk: rows stay in the files (default: %(default)s)",
+    )
+    add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
+
+
+def memory_places(arguments: Any) -> dict[str, Any]:
+    """Where `open_model` and from_pretrained are to leave the tables, after those options."""
+    return {
+        "memory": "disk" if arguments.memory == "disk" else None,
+        "memory_budget": arguments.memory_budget,
+    }
+
+
 def prepare(threads: int | None) -> Any:
     """torch, its threads set and transformers' chatter off."""
     import torch
@@ -103,17 +123,20 @@ def prepare(threads: int | None) -> Any:
 
 
 def progress_bars() -> Any:
-    """Bars of tasks that have a `note`, with the time left, on standard error until they end."""
+    """Bars of tasks that have a `note`, with the time left, on standard error until they end;
+    nothing where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:.0f} %  {task.fields[note]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 

@@ -55,7 +55,8 @@ def answers(
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
     """Runs each prompt with its answer once. Questions of one length share a batch, so nothing is
-    padded. progress: questions so far. DataError for none, or one without prompt or answer.
+    padded. progress: questions so far. DataError for none, for one without prompt or answer, and
+    for one of more tokens than the model has positions, or of ids that it has not.
     """
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, question in enumerate(questions):
@@ -64,6 +65,7 @@ def answers(
         groups[len(question.prompt), len(question.answer)].append(place)
     if not groups:
         raise DataError("no questions")
+    _check(getattr(model, "config", None), questions)
     right = np.zeros(len(questions), dtype=bool)
     tokens, nats = np.zeros(len(questions)), np.zeros(len(questions))
     done = 0
@@ -90,3 +92,17 @@ def answers(
                 if progress is not None:
                     progress(done)
     return Answers(right=right, tokens=tokens, nats=nats)
+
+
+def _check(config: Any, questions: Sequence[Question]) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    ids = getattr(config, "vocab_size", None)
+    for place, question in enumerate(questions):
+        tokens = len(question.prompt) + len(question.answer)
+        if positions is not None and tokens > positions:
+            raise DataError(
+                f"question {place}: {tokens} tokens, the model has {positions} positions"
+            )
+        highest = max(*question.prompt, *question.answer)
+        if ids is not None and highest >= ids:
+            raise DataError(f"question {place}: token id {highest}, the model has {ids}")

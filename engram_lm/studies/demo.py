@@ -11,12 +11,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
 from engram_lm import corpus
 from engram_lm.analysis.compare import Arm, compare
-from engram_lm.analysis.report import write_report
+from engram_lm.analysis.demo_report import write_demo_report
+from engram_lm.analysis.material import Material, encoded
 from engram_lm.analysis.results import DemoResults, TrainingLog
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model.budget import ledger
@@ -65,19 +68,29 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
             arms["MoE"],
             arms["Engram"],
             tokenizer,
-            training_ids=training.ids,
-            validation_ids=validation.ids,
-            token_bytes=token_bytes,
-            context=config.context,
+            material(tokenizer, training.ids, config.context),
             seed=config.seed,
             command=command,
             settings=settings(config, runs),
             machine={**machine(), "system": platform.platform()},
             autocast=torch.bfloat16 if config.precision == "bf16" else None,
-            progress=status.update,
+            progress=lambda what, done, of: status.update(f"{what}: {done:,} of {of:,}"),
         )
-        write_report(out, results)
+        write_demo_report(out, results)
     return results
+
+
+def material(tokenizer: Any, training_ids: npt.NDArray[np.integer], context: int) -> Material:
+    """The validation text whole, and as its corpus what was trained on."""
+    texts = corpus.documents("validation")
+    order = np.random.default_rng(0).permutation(len(texts))
+    return Material(
+        text="WordNet's validation text",
+        **encoded(((texts[place], True) for place in order), tokenizer),
+        corpus=f"the {len(training_ids):,} training tokens",
+        corpus_C=training_ids.astype(np.int64),
+        context=context,
+    )
 
 
 def make_model(preset_name: str, canonical: CanonicalMap, seed: int) -> EngramLMForCausalLM:
@@ -157,22 +170,23 @@ def _experts(config: Any) -> str:
 
 def summary(results: DemoResults) -> dict[str, Any]:
     """The report's numbers on one line: the last line that `engram demo` prints."""
-    moe, engram, off = results.moe, results.engram, results.memory_off
+    moe, engram, bands = results.moe, results.engram, results.bands
+    before, after, without = results.losses.values()
     return {
         "command": "demo",
         "seed": results.seed,
-        "moe_loss": moe.evaluation.loss,
-        "moe_bpb": moe.evaluation.bpb,
-        "engram_loss": engram.evaluation.loss,
-        "engram_bpb": engram.evaluation.bpb,
-        "engram_memory_off_loss": off.loss,
-        "engram_memory_off_bpb": off.bpb,
-        "difference_loss": results.difference,
-        "difference_error": results.difference_error,
+        "moe_loss": before.loss,
+        "moe_bpb": before.bpb,
+        "engram_loss": after.loss,
+        "engram_bpb": after.bpb,
+        "engram_memory_off_loss": without.loss,
+        "engram_memory_off_bpb": without.bpb,
+        "difference_loss": bands.difference_mean,
+        "difference_error": bands.difference_error,
         "moe_tokens_per_second": moe.log.tokens_per_second,
         "engram_tokens_per_second": engram.log.tokens_per_second,
         "moe_ledger": moe.log.ledger,
         "engram_ledger": engram.log.ledger,
-        "difference_by_band": results.difference_bands,
-        "validation_tokens": results.validation_tokens,
+        "difference_by_band": bands.difference_bands,
+        "validation_tokens": results.analysis.tokens,
     }

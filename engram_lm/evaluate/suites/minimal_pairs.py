@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engram_lm.errors import DataError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import Question, answers, separator_of
 
 CHANCE = 0.5
@@ -30,6 +30,29 @@ class Pair:
     good: str
     bad: str
     kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimalPairs:
+    """Of the files that `read_pairs` reads. ConfigError for none."""
+
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ConfigError("pairs: 1 or more")
+
+    def some(self, number: int, seed: int) -> list[Pair]:
+        """At most `number` of each kind, drawn by `seed`."""
+        drawn = np.random.default_rng([2, seed])
+        by_kind: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            by_kind.setdefault(pair.kind, []).append(pair)
+        return [
+            pairs[place]
+            for pairs in by_kind.values()
+            for place in np.sort(drawn.permutation(len(pairs))[:number])
+        ]
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -10,6 +10,7 @@ or the short convolution does it, which alone solves the step from a key to its 
 anything about facts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,8 +33,17 @@ class Labelled(NamedTuple):
     """The token that should come next, or IGNORED."""
 
 
-def recalled(model: Any, asked: Labelled, *, batch: int = 32) -> npt.NDArray[np.float64]:
-    """Share of each sequence's labels that are the model's likeliest next token, (N,)."""
+def recalled(
+    model: Any,
+    asked: Labelled,
+    *,
+    batch: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Share of each sequence's labels that are the model's likeliest next token, (N,).
+
+    progress: sequences so far.
+    """
     found = []
     with inference(model):
         for first in range(0, len(asked.ids_NT), batch):
@@ -44,6 +54,8 @@ def recalled(model: Any, asked: Labelled, *, batch: int = 32) -> npt.NDArray[np.
             wanted_NT = labels_NT != IGNORED
             hits_N = ((said_NT == labels_NT) & wanted_NT).sum(1)
             found.append((hits_N.double() / wanted_NT.sum(1)).cpu().numpy())
+            if progress is not None:
+                progress(min(first + batch, len(asked.ids_NT)))
     return np.concatenate(found)
 
 
@@ -65,6 +77,8 @@ class MQAR:
                 f"pairs={self.pairs}: 1 to {self.length // 4} go into length={self.length}, with a "
                 f"vocabulary of 4 times as many ids or more, not {self.vocabulary}"
             )
+        if not 0 <= self.exponent <= 2:
+            raise ConfigError(f"exponent={self.exponent}: 0 to 2")
 
     @property
     def chance(self) -> float:
@@ -103,6 +117,8 @@ class Induction:
             raise ConfigError(
                 f"stretch={self.stretch}: 2 to {self.length // 2}, half of length={self.length}"
             )
+        if self.vocabulary < 2:
+            raise ConfigError(f"vocabulary={self.vocabulary}: 2 ids or more")
 
     @property
     def chance(self) -> float:

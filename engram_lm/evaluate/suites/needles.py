@@ -40,6 +40,10 @@ class Needles:
             raise ConfigError("digits, wanted and noise are 1 or more, parts 2")
         if self.length < self._needed:
             raise ConfigError(f"length={self.length}: {self._needed} tokens are needed")
+        if self.length // self._statement > self.parts**2:
+            raise ConfigError(
+                f"parts={self.parts}: {self.parts**2} keys are too few for length={self.length}"
+            )
 
     @property
     def _statement(self) -> int:
@@ -53,6 +57,12 @@ class Needles:
     def vocabulary(self) -> int:
         """Token ids, from 0: marks, ten digits, parts of keys, noise."""
         return STOP + 1 + 10 + 3 * self.parts + self.noise
+
+    def words(self) -> list[str]:
+        """What each token id is called, so that a tokenizer can be made of them."""
+        parts = [f"{part}{n}" for part in ("first", "middle", "last") for n in range(self.parts)]
+        noise = [f"noise{n}" for n in range(self.noise)]
+        return ["<separator>", "<pad>", "<is>", "<ask>", ".", *"0123456789", *parts, *noise]
 
     @property
     def chance(self) -> float:

@@ -40,13 +40,34 @@ class People:
         names = self.first_names * self.middle_names * self.last_names
         if not 1 <= self.number <= names:
             raise ConfigError(f"number={self.number}: 1 to {names}, the names there are")
-        if not self.attributes or min(self.attributes.values()) < 2:
+        counts = list(self.attributes.values())
+        if not counts or not all(isinstance(count, int) and count > 1 for count in counts):
             raise ConfigError("attributes: one or more, of 2 values or more each")
+        for name in self.attributes:
+            if not (name.isalpha() and name.islower()):
+                raise ConfigError(f"attributes: {name!r} is no word of lower-case letters")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: 0 or more")
 
     @property
     def vocabulary(self) -> int:
         """Token ids, from 0."""
         return self._lists()[-1]
+
+    def words(self) -> list[str]:
+        """What each token id is called, so that a tokenizer can be made of them."""
+        lists = {
+            "first": self.first_names,
+            "middle": self.middle_names,
+            "last": self.last_names,
+        }
+        names = [f"{name}{n}" for name, count in lists.items() for n in range(count)]
+        said = [
+            word
+            for attribute, values in self.attributes.items()
+            for word in (attribute, *(f"{attribute}value{n}" for n in range(values)))
+        ]
+        return ["<separator>", "<pad>", ".", *names, *said]
 
     @property
     def bits(self) -> float:

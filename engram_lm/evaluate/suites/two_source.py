@@ -2,9 +2,10 @@
 
 Both speak of the same entities, of 2 or 3 tokens, in the same words. A trained fact is fixed for
 all of training and asked with nothing before it; a given one is drawn anew for each document, said
-there, and asked there. Each in two layouts: `after`, where the answer follows the entity's last
-token (the suffix n-gram names it), and `later`, where `bridge` tokens stand between them, more than
-an n-gram reaches.
+there, and asked there. A document gives every relation of one entity, so that reading is to find
+what it says of the relation. Each in two layouts: `after`, where the answer follows the entity's
+last token (the suffix n-gram names it), and `later`, where `bridge` tokens stand between them, more
+than an n-gram reaches.
 
 Shows: whether switching a memory off takes the trained facts and leaves the reading, with chance
 known, words equal and cause known. `unknown` entities were never trained on: reading them is
@@ -41,16 +42,18 @@ class TwoSource:
     """Of each relation: chance is one in so many."""
     bridge: int = 3
     """Tokens between entity and answer in the layout `later`; n-grams must be no longer."""
-    stated: int = 4
-    """Facts that a document with given ones says before it asks."""
+    rounds: int = 2
+    """How often a document with given facts asks for each of them."""
 
     def __post_init__(self) -> None:
         if self.entities + self.unknown > self.parts**2 // 2:
             raise ConfigError(
                 f"entities={self.entities}: parts={self.parts} make too few names for them"
             )
-        if min(self.entities, self.relations, self.values - 1, self.bridge, self.stated) < 1:
-            raise ConfigError("entities, relations, bridge and stated are 1 or more, values 2")
+        if min(self.entities, self.relations, self.values - 1, self.bridge, self.rounds) < 1:
+            raise ConfigError("entities, relations, bridge and rounds are 1 or more, values 2")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: 0 or more")
 
     @property
     def unknown(self) -> int:
@@ -117,25 +120,24 @@ class TwoSource:
 
     def documents(self, seed: int) -> Iterator[list[int]]:
         """Documents of training without end, each behind a separator: half of trained facts, half
-        of given ones, about as long as one another."""
+        of given ones, with as many facts and answers in each."""
         drawn = np.random.default_rng([self.seed, 2, seed])
         names, facts = self.names(), self.facts()
         while True:
             if drawn.random() < 0.5:
                 ids = [SEPARATOR]
-                for _ in range(2 * self.stated):
-                    entity, relation = self._drawn(drawn, self.entities)
-                    layout = LAYOUTS[drawn.integers(2)]
-                    ids += self.query(names[entity], relation, layout)
-                    ids += [self.answer(relation, int(facts[entity, relation])), STOP]
-                yield ids
+                for _ in range((1 + self.rounds) * self.relations):
+                    entity = int(drawn.integers(self.entities))
+                    relation = int(drawn.integers(self.relations))
+                    ids += self._fact(drawn, names[entity], relation, int(facts[entity, relation]))
             else:
-                ids, asked = self._given(drawn, names, 0, self.entities)
-                for entity, relation, value in asked:
-                    layout = LAYOUTS[drawn.integers(2)]
-                    ids += self.query(names[entity], relation, layout)
-                    ids += [self.answer(relation, value), STOP]
-                yield ids
+                name = names[int(drawn.integers(self.entities))]
+                values = drawn.integers(self.values, size=self.relations)
+                ids = self._given(drawn, name, values)
+                for _ in range(self.rounds):
+                    for relation in drawn.permutation(self.relations):
+                        ids += self._fact(drawn, name, int(relation), int(values[relation]))
+            yield ids
 
     def questions(self, number: int, seed: int = 0) -> list[Question]:
         """`number` of each kind and layout, `trained/after` and so on; documents of given facts are
@@ -144,46 +146,38 @@ class TwoSource:
         names, facts = self.names(), self.facts()
         found = []
         for layout in LAYOUTS:
-            for _ in range(number):
-                entity, relation = self._drawn(drawn, self.entities)
-                found.append(
-                    Question(
-                        prompt=(SEPARATOR, *self.query(names[entity], relation, layout)),
-                        answer=(self.answer(relation, int(facts[entity, relation])),),
-                        kind=f"trained/{layout}",
-                    )
-                )
-            for kind, first, count in (
-                ("given", 0, self.entities),
-                ("unknown", self.entities, self.unknown),
-            ):
+            for kind in KINDS:
+                own = (self.entities, self.entities + self.unknown)
+                first, end = own if kind == "unknown" else (0, self.entities)
                 for _ in range(number):
-                    ids, asked = self._given(drawn, names, first, count)
-                    entity, relation, value = asked[0]
+                    entity = int(drawn.integers(first, end))
+                    relation = int(drawn.integers(self.relations))
+                    if kind == "trained":
+                        before, value = [SEPARATOR], facts[entity, relation]
+                    else:
+                        values = drawn.integers(self.values, size=self.relations)
+                        before, value = self._given(drawn, names[entity], values), values[relation]
                     found.append(
                         Question(
-                            prompt=(*ids, *self.query(names[entity], relation, layout)),
-                            answer=(self.answer(relation, value),),
+                            prompt=(*before, *self.query(names[entity], relation, layout)),
+                            answer=(self.answer(relation, int(value)),),
                             kind=f"{kind}/{layout}",
                         )
                     )
         return found
 
-    def _drawn(self, drawn: np.random.Generator, entities: int) -> tuple[int, int]:
-        return int(drawn.integers(entities)), int(drawn.integers(self.relations))
+    def _fact(
+        self, drawn: np.random.Generator, name: tuple[int, ...], relation: int, value: int
+    ) -> list[int]:
+        """In a layout that is drawn."""
+        layout = LAYOUTS[drawn.integers(2)]
+        return [*self.query(name, relation, layout), self.answer(relation, value), STOP]
 
     def _given(
-        self, drawn: np.random.Generator, names: list[tuple[int, ...]], first: int, count: int
-    ) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """A document up to what is asked, and what may be: entity, relation, value; shuffled."""
-        entities = first + drawn.choice(count, size=min(self.stated, count), replace=False)
-        said = [
-            (int(e), int(drawn.integers(self.relations)), int(drawn.integers(self.values)))
-            for e in entities
-        ]
+        self, drawn: np.random.Generator, name: tuple[int, ...], values: npt.NDArray[np.int64]
+    ) -> list[int]:
+        """A document of one entity, up to where it asks."""
         ids = [SEPARATOR, GIVEN]
-        for entity, relation, value in said:
-            ids += self.query(names[entity], relation, LAYOUTS[drawn.integers(2)])
-            ids += [self.answer(relation, value), STOP]
-        order = drawn.permutation(len(said))
-        return [*ids, ASK], [said[place] for place in order]
+        for relation in drawn.permutation(self.relations):
+            ids += self._fact(drawn, name, int(relation), int(values[relation]))
+        return [*ids, ASK]

@@ -40,6 +40,8 @@ class Variables:
             )
         if self.names < self.chains * (self.hops + 1) or self.values < self.chains:
             raise ConfigError(f"names={self.names}, values={self.values}: too few for the chains")
+        if self.noise < 1:
+            raise ConfigError(f"noise={self.noise}: 1 or more")
 
     @property
     def _needed(self) -> int:
@@ -50,6 +52,12 @@ class Variables:
     def vocabulary(self) -> int:
         """Token ids, from 0."""
         return STOP + 1 + self.names + self.values + self.noise
+
+    def words(self) -> list[str]:
+        """What each token id is called, so that a tokenizer can be made of them."""
+        lists = {"name": self.names, "value": self.values, "noise": self.noise}
+        said = [f"{kind}{n}" for kind, count in lists.items() for n in range(count)]
+        return ["<separator>", "<pad>", "<set>", "<to>", "<ask>", ".", *said]
 
     @property
     def chance(self) -> float:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engram_lm.errors import DataError
+from engram_lm import corpus
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import Question, answers, separator_of
 
 ENTRY = re.compile(
@@ -49,6 +50,25 @@ class Fact:
             return self.opening
         head = self.word[0].upper() + self.word[1:]
         return f"{head}:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordnetFacts:
+    """Of the corpus that ships with the package."""
+
+    documents: int = 2_000
+    """Of each split, drawn: from as many, so that the wrong glosses of both are equally near."""
+
+    def some(self, split: str, number: int, seed: int) -> list[Fact]:
+        """At most `number` facts of "train" or "validation". ConfigError for so few documents that
+        wrong glosses run out."""
+        drawn = np.random.default_rng([2, seed])
+        texts = corpus.documents(split)
+        places = np.sort(drawn.permutation(len(texts))[: max(0, self.documents)])
+        found = facts([texts[place] for place in places])
+        if not found or min(len(fact.choices) for fact in found) < CHOICES:
+            raise ConfigError(f"documents={self.documents}: too few for {CHOICES} glosses a word")
+        return [found[place] for place in np.sort(drawn.permutation(len(found))[:number])]
 
 
 def facts(documents: Sequence[str]) -> list[Fact]:

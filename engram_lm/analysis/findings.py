@@ -1,0 +1,209 @@
+"""What an analysis found, as plain values: analysis.json."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from engram_lm.analysis.ablation_losses import AblationLoss
+from engram_lm.analysis.bands import BandLoss
+from engram_lm.analysis.gates import GateTrace
+from engram_lm.analysis.row_sharing import HeadSharing, OrderSharing
+from engram_lm.analysis.suite_ablation import PartScore
+from engram_lm.errors import DataError
+
+
+class Estimate(TypedDict):
+    """A mean and 95 % of its bootstraps; None where there is one text only."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+class GateScore(TypedDict):
+    """How well the gates of one layer and stream tell tokens apart. AUROCs: 0.5 tells nothing."""
+
+    layer: int
+    stream: int
+    """From 0."""
+    order: int
+    frequent: int
+    """Tokens whose n-gram of this order stood `FREQUENT` times or more in the corpus."""
+    auroc_frequent: Estimate | None
+    """Of these against the others; None where one kind has no token."""
+    names: int
+    """Tokens that end a name of two tokens or more."""
+    auroc_names: Estimate | None
+    gate_names: float | None
+    """Mean gate there, and everywhere else."""
+    gate_elsewhere: float | None
+
+
+class NgramGate(TypedDict):
+    """One n-gram of the longest order in the text."""
+
+    ngram: str
+    times: int
+    """In the text."""
+    in_corpus: int | None
+    gate: float
+    """Mean over these times, layers and streams."""
+    added: float
+    """The same of what memory adds, against the hidden state's length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateFindings:
+    """Of the first checkpoint; scores are of each checkpoint."""
+
+    traces: list[GateTrace]
+    scores: list[list[GateScore]]
+    """Checkpoint -> layer, stream and order."""
+    highest: list[NgramGate]
+    lowest: list[NgramGate]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensFindings:
+    """One model's logit lens."""
+
+    checkpoints: int
+    texts: int
+    layers: list[int]
+    at: list[str]
+    """Of each place: "block", "before memory" or "after memory"."""
+    normed: dict[str, list[Estimate]]
+    """Measure -> place."""
+    plain: dict[str, list[Estimate]]
+    by_checkpoint: dict[str, list[list[float]]]
+    """Measure -> checkpoint -> place, normed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """One model on the text, as it is or with a part switched off; means over checkpoints."""
+
+    loss: float
+    """Nats per token."""
+    bpb: float
+    """Bits per byte."""
+    by_checkpoint: list[float]
+    bands: list[list[BandLoss]]
+    """Order -> band; errors over tokens with one checkpoint, over checkpoints with several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandFindings:
+    """Losses by how often the suffix n-gram stood in the corpus."""
+
+    orders: list[int]
+    losses: dict[str, Losses]
+    difference: str | None
+    """What minus what; None where there is nothing to compare."""
+    difference_mean: float | None
+    """Nats per token."""
+    difference_error: float | None
+    """Standard error: over windows with one checkpoint, over checkpoints with several."""
+    difference_bands: list[list[BandLoss]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentFindings:
+    """Which layers of two models are alike (CKA), and of two seeds of one of them."""
+
+    first: str
+    """Rows of `across`: the paper's i, a model without memory there."""
+    second: str
+    inputs: int
+    """Hidden states that were compared, `batch` at a time."""
+    batch: int
+    where: str
+    """At which tokens."""
+    neighbours: int
+    across: list[list[float]]
+    """Mean over all pairs of checkpoints."""
+    index: list[list[float]]
+    """Pair -> layer of `second`: the soft alignment index."""
+    likest: list[int]
+    """Of each layer of `second`, in the mean map."""
+    null: list[list[float]] | None
+    """The same between checkpoints of `first`; None with one seed."""
+    null_index: list[list[float]]
+    null_likest: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Parts that were not asked for, or that a model without memory does not have, are None."""
+
+    name: str
+    against: str | None
+    checkpoints: int
+    checkpoints_against: int
+    text: str
+    tokens: int
+    bytes: int
+    """Of UTF-8 text, that these tokens stand for."""
+    corpus: str | None
+    context: int
+    gates: GateFindings | None = None
+    lens: dict[str, LensFindings] | None = None
+    bands: BandFindings | None = None
+    addresses: list[OrderSharing] | None = None
+    alignment: AlignmentFindings | None = None
+    ablation: list[list[AblationLoss]] | None = None
+    """Checkpoint -> part."""
+    suites: list[list[PartScore]] | None = None
+    """Checkpoint -> suite, part, kind and metric."""
+    seconds: dict[str, float]
+    """What each part took."""
+
+    @property
+    def corpus_named(self) -> str:
+        """What n-grams were counted in, for a reader."""
+        return self.corpus or "nothing (no corpus was given)"
+
+    def save(self, path: Path) -> None:
+        """Writes JSON, aside first, then renamed. ValueError if a number is not finite."""
+        aside = path.with_suffix(".partial")
+        text = json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, indent=1)
+        aside.write_text(text + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Analysis":
+        """What `save` wrote. DataError where the file is missing or is not such a record."""
+        try:
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: no analysis can be read ({error})") from error
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Analysis":
+        """From what `asdict` gives."""
+        made = dict(record)
+        if gates := made["gates"]:
+            traces = [GateTrace(**trace) for trace in gates["traces"]]
+            made["gates"] = GateFindings(**{**gates, "traces": traces})
+        if lens := made["lens"]:
+            made["lens"] = {name: LensFindings(**each) for name, each in lens.items()}
+        if bands := made["bands"]:
+            losses = {name: Losses(**each) for name, each in bands["losses"].items()}
+            made["bands"] = BandFindings(**{**bands, "losses": losses})
+        if made["addresses"]:
+            made["addresses"] = [
+                OrderSharing(
+                    **{**order, "heads": tuple(HeadSharing(**head) for head in order["heads"])}
+                )
+                for order in made["addresses"]
+            ]
+        if made["alignment"]:
+            made["alignment"] = AlignmentFindings(**made["alignment"])
+        if made["ablation"]:
+            made["ablation"] = [
+                [AblationLoss(**part) for part in parts] for parts in made["ablation"]
+            ]
+        return cls(**made)

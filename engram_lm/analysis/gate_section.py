@@ -1,0 +1,91 @@
+"""The gates of an analysis as a section of a page."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from engram_lm.analysis.escape import escape
+from engram_lm.analysis.findings import Analysis, Estimate, GateFindings, GateScore, NgramGate
+from engram_lm.analysis.gate_scores import FREQUENT, TIMES
+from engram_lm.analysis.page import section, table
+from engram_lm.analysis.token_html import CHANGE, choices, coloured, visible
+
+
+def gate_section(found: Analysis, _directory: Path) -> str:
+    """Coloured texts, scores, and n-grams ranked."""
+    gates = found.gates
+    assert gates is not None
+    labels = {"max": "the largest of all"}
+    if gates.traces:
+        labels |= {str(place): label for place, label in enumerate(choices(gates.traces[0]))}
+        labels[str(len(labels) - 1)] = "the mean of all"
+    return section(
+        "gates",
+        change=f"{CHANGE:g}",
+        choices="".join(
+            f'<label><input type="radio" name="gate" value="{value}"'
+            f"{' checked' if value == 'max' else ''}><span>{escape(label)}</span></label>"
+            for value, label in labels.items()
+        ),
+        traces="".join(coloured(trace) for trace in gates.traces),
+        tokens=f"{gates.tokens:,}",
+        text=escape(found.text),
+        frequent=str(FREQUENT),
+        times=str(TIMES),
+        corpus=escape(found.corpus_named),
+        brackets="95 % of bootstraps over windows; one seed"
+        if len(gates.scores) == 1
+        else f"lowest and highest of {len(gates.scores)} seeds",
+        scores=_scores(gates),
+        ranked=f'<div class="figures">{_ranked("highest", gates.highest)}'
+        f"{_ranked('lowest', gates.lowest)}</div>",
+    )
+
+
+def _scores(gates: GateFindings) -> str:
+    """Checkpoints side by side become one cell."""
+    rows = []
+    for together in zip(*gates.scores, strict=True):
+        first = together[0]
+        rows.append(
+            [
+                f"layer {first['layer']}, stream {first['stream'] + 1}, {first['order']}-gram",
+                f"{first['frequent']:,}",
+                _told([score["auroc_frequent"] for score in together]),
+                f"{first['names']:,}",
+                _told([score["auroc_names"] for score in together]),
+                _over(together, "gate_names"),
+                _over(together, "gate_elsewhere"),
+            ]
+        )
+    heads = ["gate", "frequent", "AUROC", "names", "AUROC", "gate at names", "elsewhere"]
+    return table(heads, [rows])
+
+
+def _over(scores: Sequence[GateScore], key: str) -> str:
+    values: list[float] = [score[key] for score in scores if score[key] is not None]  # type: ignore[literal-required]
+    return f"{statistics.mean(values):.3f}" if values else "–"
+
+
+def _told(values: Sequence[Estimate | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    means = [value["mean"] for value in known]
+    bounds = (min(means), max(means)) if len(known) > 1 else (known[0]["low"], known[0]["high"])
+    return f"{statistics.mean(means):.3f} ({bounds[0]:.3f} to {bounds[1]:.3f})"
+
+
+def _ranked(which: str, ngrams: Iterable[NgramGate]) -> str:
+    rows = "".join(
+        f'<tr><td>{visible(each["ngram"])}</td><td class="n">{each["gate"]:.3f}</td>'
+        f'<td class="n">{each["added"]:.3f}</td><td class="n">{each["times"]}</td>'
+        f'<td class="n">{"–" if each["in_corpus"] is None else format(each["in_corpus"], ",")}</td>'
+        "</tr>"
+        for each in ngrams
+    )
+    return (
+        f'<div class="trace"><div class="wide"><table><thead><tr><th>{which} gates</th>'
+        '<th class="n">gate</th><th class="n">added</th><th class="n">here</th>'
+        f'<th class="n">corpus</th></tr></thead><tbody>{rows}</tbody></table></div></div>'
+    )

@@ -1,0 +1,126 @@
+"""Figures with a layer on an axis: the logit lens, CKA maps, the alignment index."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from engram_lm.analysis.figures import BLUE, GRID, INK, STYLE, VERMILION, blank, seeds
+from engram_lm.analysis.findings import AlignmentFindings, LensFindings
+
+NAMES = {
+    "final_to_layer": "KL(final ‖ layer), nats",
+    "layer_to_final": "KL(layer ‖ final), nats",
+    "loss": "loss of the reading, nats",
+    "agreement": "share with the final top token",
+}
+_LOOKS = ((VERMILION, "s", "-"), (BLUE, "o", "--"))
+
+
+def lens_lines(lenses: dict[str, LensFindings], measure: str, *, normed: bool) -> Figure:
+    """After each block, with 95 % bands; small open marks: before and after each memory."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank()
+        for (name, lens), (colour, marker, line) in zip(lenses.items(), _LOOKS, strict=False):
+            values = (lens.normed if normed else lens.plain)[measure]
+            blocks = [place for place, at in enumerate(lens.at) if at == "block"]
+            layers = [lens.layers[place] for place in blocks]
+            means = [values[place]["mean"] for place in blocks]
+            axes.plot(
+                layers,
+                means,
+                line,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                label=f"{name} ({seeds(lens.checkpoints)})",
+            )
+            bounds = [(values[place]["low"], values[place]["high"]) for place in blocks]
+            if all(low is not None for low, _ in bounds):
+                lows, highs = np.array(bounds, dtype=np.float64).T
+                axes.fill_between(layers, lows, highs, color=colour, alpha=0.2, linewidth=0)
+            for shift, at in ((-0.55, "before memory"), (-0.35, "after memory")):
+                marked = [place for place, where in enumerate(lens.at) if where == at]
+                axes.plot(
+                    [lens.layers[place] + shift for place in marked],
+                    [values[place]["mean"] for place in marked],
+                    linestyle="none",
+                    marker="<" if at == "before memory" else ">",
+                    markersize=5,
+                    markerfacecolor="white",
+                    markeredgecolor=colour,
+                )
+        axes.set_title("with the final norm" if normed else "without the final norm", loc="left")
+        axes.set_ylabel(NAMES[measure])
+        _layers(axes)
+        axes.set_ylim(0, 1.02 if measure == "agreement" else None)
+        axes.legend(frameon=False, loc="best", handlelength=2.2)
+        return figure
+
+
+def cka_map(cka_AB: Sequence[Sequence[float]], first: str, second: str, title: str) -> Figure:
+    """White 0 to blue 1, whatever the values: below 0 shows as 0, above 1 as 1."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank(height=3.6)
+        scale = matplotlib.colors.LinearSegmentedColormap.from_list("shut", ["#ffffff", BLUE])
+        values = np.array(cka_AB)
+        # As paths, not as an image, which an SVG would have to load.
+        shown = axes.pcolormesh(values, cmap=scale, vmin=0, vmax=1)
+        if values.size <= 144:
+            for (row, column), value in np.ndenumerate(values):
+                axes.text(
+                    column + 0.5,
+                    row + 0.5,
+                    f"{value:.2f}".replace("0.", "."),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value > 0.6 else INK,
+                )
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(f"block of {second}")
+        axes.set_ylabel(f"block of {first}")
+        for axis, blocks in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
+            named = range(0, blocks, 1 + blocks // 12)
+            axis.set_ticks([block + 0.5 for block in named], [str(block) for block in named])
+        bar = figure.colorbar(shown, ax=axes, label="CKA", fraction=0.05)
+        if bar.solids is not None:
+            bar.solids.set_rasterized(False)
+        return figure
+
+
+def alignment_lines(found: AlignmentFindings) -> Figure:
+    """Mean and range over pairs of checkpoints, beside the null of two seeds."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank()
+        layers = range(len(found.index[0]))
+        axes.plot(layers, layers, color=GRID, linewidth=1.2)
+        drawn = [(found.index, f"{found.second} in {found.first}", _LOOKS[0])]
+        if found.null_index:
+            drawn.append((found.null_index, f"two seeds of {found.first}", _LOOKS[1]))
+        for pairs, label, (colour, marker, line) in drawn:
+            values = np.array(pairs)
+            places = range(values.shape[1])
+            axes.plot(
+                places, values.mean(0), line, color=colour, marker=marker, markersize=4, label=label
+            )
+            if len(values) > 1:
+                axes.fill_between(
+                    places, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0
+                )
+        if not found.null_index:
+            axes.set_title("one seed: no null to read it against", loc="left")
+        axes.set_ylabel("soft alignment index")
+        _layers(axes)
+        axes.legend(frameon=False, loc="upper left")
+        return figure
+
+
+def _layers(axes: Axes) -> None:
+    axes.set_xlabel("after block (from zero)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=GRID, linewidth=0.7)

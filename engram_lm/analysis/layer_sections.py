@@ -1,0 +1,101 @@
+"""The logit lens and the alignment of an analysis as sections of a page."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from engram_lm.analysis import layer_figures
+from engram_lm.analysis.escape import escape
+from engram_lm.analysis.findings import Analysis, Estimate
+from engram_lm.analysis.page import details, figure, section, table
+
+
+def lens_section(found: Analysis, directory: Path) -> str:
+    """How far each block's reading is from the final prediction."""
+    lenses = found.lens
+    assert lenses is not None
+    drawn = []
+    for normed in (True, False):
+        for measure, name in layer_figures.NAMES.items():
+            if not normed and measure in ("loss", "agreement"):
+                continue
+            file = f"lens-{measure.replace('_', '-')}{'' if normed else '-plain'}"
+            lines = layer_figures.lens_lines(lenses, measure, normed=normed)
+            drawn.append(figure(lines, directory, file, f"{name}; numbers in the table below"))
+    measures = [*layer_figures.NAMES]
+    bodies = [
+        [
+            [
+                f"{name}, {'after block' if lens.at[place] == 'block' else lens.at[place]} {layer}",
+                *(_estimate(lens.normed[measure][place]) for measure in measures),
+                *(_estimate(lens.plain[measure][place]) for measure in measures[:2]),
+            ]
+            for place, layer in enumerate(lens.layers)
+        ]
+        for name, lens in lenses.items()
+    ]
+    many = max(lens.checkpoints for lens in lenses.values())
+    texts = next(iter(lenses.values())).texts
+    heads = ["place", "KL(final ‖ layer)", "KL(layer ‖ final)", "loss", "agreement"]
+    return section(
+        "lens",
+        over=f"{texts} windows and {many} seeds" if many > 1 else f"{texts} windows; one seed",
+        figures="".join(drawn),
+        numbers=details(
+            "the numbers",
+            table([*heads, "KL(final ‖ layer), no norm", "KL(layer ‖ final), no norm"], bodies),
+        ),
+    )
+
+
+def alignment_section(found: Analysis, directory: Path) -> str:
+    """CKA of two models' blocks, beside the null of two seeds."""
+    aligned = found.alignment
+    assert aligned is not None
+    first, second = aligned.first, aligned.second
+    across = layer_figures.cka_map(aligned.across, first, second, f"{second} against {first}")
+    label = "CKA of each pair of blocks; the alignment index is in the table below"
+    drawn = [figure(across, directory, "cka", label)]
+    if aligned.null is not None:
+        null = layer_figures.cka_map(aligned.null, first, first, f"two seeds of {first}")
+        drawn.append(figure(null, directory, "cka-null", label))
+    lines = layer_figures.alignment_lines(aligned)
+    drawn.append(figure(lines, directory, "alignment", "Soft alignment index of each block"))
+    rows = []
+    for layer, likest in enumerate(aligned.likest):
+        null_cells = ["–", "–"]
+        if aligned.null_index and layer < len(aligned.null_likest):
+            null_cells = [
+                _range([pair[layer] for pair in aligned.null_index]),
+                str(aligned.null_likest[layer]),
+            ]
+        index = _range([pair[layer] for pair in aligned.index])
+        rows.append([f"block {layer}", index, str(likest), *null_cells])
+    heads = ["block", "alignment index", "most like", "null: index", "null: most like"]
+    return section(
+        "alignment",
+        first=escape(first),
+        second=escape(second),
+        inputs=f"{aligned.inputs:,}",
+        batch=str(aligned.batch),
+        where=escape(aligned.where),
+        neighbours=str(aligned.neighbours),
+        layers=str(len(aligned.across)),
+        seeds=f"Here: {len(aligned.index)} pairs across, {len(aligned.null_index)} of the null; "
+        "shaded is the range over pairs."
+        if aligned.null_index
+        else f"Here is one seed of {escape(first)}, so no null, and nothing can be concluded.",
+        figures="".join(drawn),
+        numbers=details("the numbers", table(heads, [rows])),
+    )
+
+
+def _estimate(value: Estimate) -> str:
+    if value["low"] is None:
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"

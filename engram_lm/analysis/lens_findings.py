@@ -1,0 +1,45 @@
+"""Logit lenses of several checkpoints as means with intervals over texts and checkpoints.
+
+Shapes: S checkpoints, K places, N texts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engram_lm.analysis.bootstrap import interval_over_seeds
+from engram_lm.analysis.findings import Estimate, LensFindings
+from engram_lm.analysis.logit_lens import MEASURES, LogitLens
+
+
+def lens_findings(lenses: Sequence[LogitLens]) -> LensFindings:
+    """Of one lens a checkpoint, on the same texts."""
+    texts = lenses[0].normed[MEASURES[0]].shape[1]
+
+    def estimates(values_SKN: npt.NDArray[np.float64]) -> list[Estimate]:
+        means_K = values_SKN.mean(axis=(0, 2))
+        if texts < 2:
+            return [Estimate(mean=mean, low=None, high=None) for mean in means_K.tolist()]
+        bounds = interval_over_seeds(values_SKN).tolist()
+        return [
+            Estimate(mean=mean, low=low, high=high)
+            for mean, (low, high) in zip(means_K.tolist(), bounds, strict=True)
+        ]
+
+    places = lenses[0].places
+    return LensFindings(
+        checkpoints=len(lenses),
+        texts=texts,
+        layers=[place.layer for place in places],
+        at=[place.at for place in places],
+        normed={
+            name: estimates(np.stack([lens.normed[name] for lens in lenses])) for name in MEASURES
+        },
+        plain={
+            name: estimates(np.stack([lens.plain[name] for lens in lenses])) for name in MEASURES
+        },
+        by_checkpoint={
+            name: [lens.normed[name].mean(axis=1).tolist() for lens in lenses] for name in MEASURES
+        },
+    )

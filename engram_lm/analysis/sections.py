@@ -1,0 +1,205 @@
+"""The parts of an analysis as sections of a page, and their figures as files.
+
+What each figure shows and what would refute it stands in pages/*.html; here are the numbers.
+"""
+
+import statistics
+from pathlib import Path
+
+from engram_lm.analysis import figures, part_figures
+from engram_lm.analysis.ablation_losses import TOKENS
+from engram_lm.analysis.bands import BANDS, BandLoss
+from engram_lm.analysis.escape import escape
+from engram_lm.analysis.figures import seeds
+from engram_lm.analysis.findings import Analysis
+from engram_lm.analysis.gate_section import gate_section
+from engram_lm.analysis.layer_sections import alignment_section, lens_section
+from engram_lm.analysis.page import details, figure, section, table
+
+
+def sections(found: Analysis, directory: Path) -> list[str]:
+    """One for each part that was measured, in the order in which they are best read."""
+    made = {
+        "bands": _bands,
+        "gates": gate_section,
+        "lens": lens_section,
+        "alignment": alignment_section,
+        "ablation": _ablation,
+        "suites": _suites,
+        "addresses": _addresses,
+    }
+    return [make(found, directory) for part, make in made.items() if getattr(found, part)]
+
+
+def _bands(found: Analysis, directory: Path) -> str:
+    assert found.bands is not None
+    bands = found.bands
+    # What is compared with stands first, as in all figures.
+    losses = dict(sorted(bands.losses.items(), key=lambda item: item[0] != found.against))
+    drawn = []
+    for index, order in enumerate(bands.orders):
+        label = f"by how often the {order}-gram stood in the corpus; numbers in the table below"
+        bars = figures.band_bars(losses, order, index)
+        drawn.append(figure(bars, directory, f"bands-{order}", f"Loss {label}"))
+        if bands.difference is not None:
+            dots = figures.band_differences(bands.difference_bands[index], order, bands.difference)
+            name = f"band-differences-{order}"
+            drawn.append(figure(dots, directory, name, f"{bands.difference} {label}"))
+    rows = [
+        [f"{name} ({seeds(len(each.by_checkpoint))})", f"{each.loss:.4f}", f"{each.bpb:.4f}"]
+        for name, each in losses.items()
+    ]
+    names = [*losses, *([bands.difference] if bands.difference is not None else [])]
+    bodies = []
+    for index, order in enumerate(bands.orders):
+        columns = [each.bands[index] for each in losses.values()]
+        if bands.difference is not None:
+            columns.append(bands.difference_bands[index])
+        bodies.append(
+            [
+                [
+                    f"{order}-gram, {band}",
+                    f"{columns[0][place]['tokens']:,}",
+                    *(
+                        _mean(column[place], signed=at >= len(losses))
+                        for at, column in enumerate(columns)
+                    ),
+                ]
+                for place, band in enumerate(BANDS)
+            ]
+        )
+    many = max(len(each.by_checkpoint) for each in losses.values())
+    return section(
+        "bands",
+        tokens=f"{found.tokens:,}",
+        text=escape(found.text),
+        corpus=escape(found.corpus_named),
+        errors=f"over {many} checkpoints" if many > 1 else "taking tokens as independent",
+        losses=table(["model", "nats per token", "bits per byte"], [rows]),
+        figures="".join(drawn),
+        table=table(["times in the corpus", "tokens", *names], bodies) if bodies else "",
+    )
+
+
+def _ablation(found: Analysis, directory: Path) -> str:
+    checkpoints = found.ablation
+    assert checkpoints
+    dots = part_figures.ablation_dots(checkpoints)
+    bands = found.bands.orders if found.bands is not None else []
+    last = len(checkpoints[0][0].bands) - 1
+    heads = ["without", "change", *([f"{band}" for band in BANDS] if last >= 0 else [])]
+    rows = []
+    for together in zip(*checkpoints, strict=True):
+        change = statistics.mean(part.change for part in together)
+        cells = []
+        if last >= 0:
+            for place in range(len(BANDS)):
+                means = [part.bands[last][place]["mean"] for part in together]
+                known = [mean for mean in means if mean is not None]
+                cells.append(f"{statistics.mean(known):+.3f}" if known else "–")
+        rows.append([together[0].name, f"{change:+.4f}", *cells])
+    order = f" of the {bands[last]}-gram" if bands and last >= 0 else " of the longest n-gram"
+    note = f'<p class="note">Right: by band{order}, times in the corpus.</p>' if last >= 0 else ""
+    return section(
+        "ablation",
+        tokens=f"{min(found.tokens, TOKENS):,}",
+        text=escape(found.text),
+        whiskers="95 % of bootstraps over windows; one seed"
+        if len(checkpoints) == 1
+        else f"the range over {len(checkpoints)} seeds",
+        figure=figure(
+            dots, directory, "ablation", "Change in loss; numbers in the table beside it"
+        ),
+        table=table(heads, [rows]) + note,
+    )
+
+
+def _suites(found: Analysis, _directory: Path) -> str:
+    checkpoints = found.suites
+    assert checkpoints
+    bodies: dict[str, list[list[str]]] = {}
+    for together in zip(*checkpoints, strict=True):
+        first = together[0]
+        kept = [row["retained"] for row in together], [row["above_chance"] for row in together]
+        bodies.setdefault(f"{first['suite']} {first['kind']} {first['metric']}", []).append(
+            [
+                f"{first['suite']} {first['kind']}, {first['metric']}: {first['part']}",
+                "–" if first["chance"] is None else f"{first['chance']:.2g}",
+                _spread([row["value"] for row in together], first["low"], first["high"]),
+                *(_share(values) for values in kept),
+            ]
+        )
+    heads = ["asked", "chance", "score", "retained", "above chance"]
+    return section(
+        "suites",
+        questions=f"{checkpoints[0][0]['questions']:,}",
+        brackets="95 % of bootstraps over questions; one seed"
+        if len(checkpoints) == 1
+        else f"lowest and highest of {len(checkpoints)} seeds",
+        table=table(heads, bodies.values()),
+    )
+
+
+def _spread(values: list[float], low: float | None, high: float | None) -> str:
+    if len(values) > 1:
+        low, high = min(values), max(values)
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if low is None else f"{mean} ({low:.3f} to {high:.3f})"
+
+
+def _share(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.0%}" if len(known) == len(values) else "–"
+
+
+def _addresses(found: Analysis, directory: Path) -> str:
+    orders = found.addresses
+    assert orders
+    rows, single = [], []
+    for each in orders:
+        label = f"layer {each.layer}, {each.order}-gram"
+        untouched = sum(head.untouched for head in each.heads)
+        of = sum(head.rows for head in each.heads)
+        expected = sum(head.untouched_expected for head in each.heads)
+        rows.append(
+            [
+                label,
+                f"{each.distinct:,}",
+                f"{each.distinct / statistics.mean(head.rows for head in each.heads):.2f}",
+                f"{each.every_head:.4f}",
+                f"{each.every_head_expected:.4f}",
+                f"{untouched / of:.4f}",
+                f"{expected / of:.4f}",
+            ]
+        )
+        single += [
+            [
+                f"{label}, head {number}",
+                f"{head.rows:,}",
+                f"{head.load:.2f}",
+                f"{head.shared:.4f}",
+                f"{head.shared_expected:.4f}",
+                f"{head.untouched:,}",
+                f"{head.untouched_expected:,.1f}",
+                f"{head.most:,}",
+            ]
+            for number, head in enumerate(each.heads)
+        ]
+    heads = ["table", "n-grams", "load", "shared in all heads", "expected", "untouched", "expected"]
+    each_head = ["head", "rows", "load", "shared", "expected", "untouched", "expected", "most"]
+    return section(
+        "addresses",
+        corpus=escape(found.corpus_named),
+        figure=figure(
+            part_figures.sharing_dots(orders), directory, "sharing", "Shared rows, head by head"
+        ),
+        table=table(heads, [rows]),
+        heads=details("head by head", table(each_head, [single])),
+    )
+
+
+def _mean(row: BandLoss, *, signed: bool) -> str:
+    if row["mean"] is None:
+        return "–"
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
+    return f"{row['mean']:{'+' if signed else ''}.3f}{error}"

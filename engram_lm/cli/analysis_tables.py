@@ -1,0 +1,162 @@
+"""An analysis in the terminal: coloured texts and tables."""
+
+import statistics
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from engram_lm.analysis.bands import BANDS
+from engram_lm.analysis.figures import seeds
+from engram_lm.analysis.findings import Analysis
+from engram_lm.analysis.gate_text import gate_text
+
+_KL = {"final_to_layer": "KL(final ‖ layer)", "layer_to_final": "KL(layer ‖ final)"}
+
+
+def show(found: Analysis, console: Console) -> None:
+    """What was measured, part by part."""
+    said = f"{found.name} ({seeds(found.checkpoints)}): {found.tokens:,} tokens of {found.text}"
+    console.print(Text(f"{said}; n-grams counted in {found.corpus_named}"), "")
+    for part in (_gates, _bands, _lens, _alignment, _ablation, _suites, _addresses):
+        part(found, console)
+
+
+def _gates(found: Analysis, console: Console) -> None:
+    if found.gates is None:
+        return
+    for trace in found.gates.traces:
+        console.print(gate_text(trace))
+    table = _table("gates: white 0, blue 1", "gate", "frequent", "AUROC", "names", "AUROC")
+    for together in zip(*found.gates.scores, strict=True):
+        first = together[0]
+        table.add_row(
+            f"layer {first['layer']}, stream {first['stream'] + 1}, {first['order']}-gram",
+            f"{first['frequent']:,}",
+            _mean([score["auroc_frequent"] for score in together]),
+            f"{first['names']:,}",
+            _mean([score["auroc_names"] for score in together]),
+        )
+    console.print("", table, "")
+    for title, ngrams in (("highest", found.gates.highest), ("lowest", found.gates.lowest)):
+        said = ", ".join(f"{each['ngram']!r} {each['gate']:.2f}" for each in ngrams)
+        console.print(Text(f"{title} gates: {said or 'no n-gram stands often enough'}"))
+    console.print()
+
+
+def _bands(found: Analysis, console: Console) -> None:
+    if found.bands is None:
+        return
+    bands = found.bands
+    table = _table("loss, nats per token", "times in the corpus", *bands.losses)
+    if bands.difference is not None:
+        table.add_column(bands.difference, justify="right")
+    difference = [] if bands.difference_mean is None else [f"{bands.difference_mean:+.4f}"]
+    table.add_row("all", *(f"{each.loss:.4f}" for each in bands.losses.values()), *difference)
+    for index, order in enumerate(bands.orders):
+        for place, band in enumerate(BANDS):
+            columns = [each.bands[index][place] for each in bands.losses.values()]
+            cells = ["–" if row["mean"] is None else f"{row['mean']:.4f}" for row in columns]
+            if bands.difference is not None:
+                mean = bands.difference_bands[index][place]["mean"]
+                cells.append("–" if mean is None else f"{mean:+.4f}")
+            table.add_row(f"{order}-gram, {band} ({columns[0]['tokens']:,})", *cells)
+    console.print(table, "")
+
+
+def _lens(found: Analysis, console: Console) -> None:
+    if found.lens is None:
+        return
+    for name, lens in found.lens.items():
+        title = f"{name} ({seeds(lens.checkpoints)}): each place read by the model's head"
+        table = _table(title, "place", *_KL.values(), "loss", "agreement")
+        for place, (layer, at) in enumerate(zip(lens.layers, lens.at, strict=True)):
+            values = (lens.normed[name][place]["mean"] for name in (*_KL, "loss", "agreement"))
+            table.add_row(f"{at} {layer}", *(f"{value:.3f}" for value in values))
+        console.print(table, "")
+
+
+def _alignment(found: Analysis, console: Console) -> None:
+    if found.alignment is None:
+        return
+    aligned = found.alignment
+    null = "null: two seeds" if aligned.null_index else "null: one seed, none"
+    title = f"blocks of {aligned.second} in {aligned.first}: {aligned.inputs:,} {aligned.where}"
+    table = _table(title, "block", "alignment index", "most like", null)
+    for layer, likest in enumerate(aligned.likest):
+        index = statistics.mean(pair[layer] for pair in aligned.index)
+        nulls = [pair[layer] for pair in aligned.null_index if layer < len(pair)]
+        said = f"{statistics.mean(nulls):.2f}" if nulls else "–"
+        table.add_row(str(layer), f"{index:.2f}", str(likest), said)
+    console.print(table, "")
+
+
+def _ablation(found: Analysis, console: Console) -> None:
+    if found.ablation is None:
+        return
+    table = _table("loss without a part", "part", "change, nats", "95 % over windows")
+    for together in zip(*found.ablation, strict=True):
+        change = statistics.mean(part.change for part in together)
+        one = together[0]
+        bounds = f"{one.low:+.4f} to {one.high:+.4f}" if len(together) == 1 else "several seeds"
+        table.add_row(one.name, f"{change:+.4f}", bounds)
+    console.print(table, "")
+
+
+def _suites(found: Analysis, console: Console) -> None:
+    if found.suites is None:
+        return
+    title = "suites without a part; retained above chance"
+    table = _table(title, "part", "score", "chance", "retained", "above chance")
+    last = ""
+    for together in zip(*found.suites, strict=True):
+        first = together[0]
+        asked = f"{first['suite']} {first['kind']}, {first['metric']}"
+        if asked != last:
+            table.add_row(asked)
+        last = asked
+        kept = [row["retained"] for row in together], [row["above_chance"] for row in together]
+        table.add_row(
+            f"  {first['part']}",
+            f"{statistics.mean(row['value'] for row in together):.3f}",
+            "–" if first["chance"] is None else f"{first['chance']:.2g}",
+            *(_share(each) for each in kept),
+        )
+    console.print(table, "")
+
+
+def _addresses(found: Analysis, console: Console) -> None:
+    if found.addresses is None:
+        return
+    heads = ("table", "n-grams", "load", "share all rows", "expected", "untouched", "expected")
+    table = _table("who shares rows", *heads)
+    for each in found.addresses:
+        rows = sum(head.rows for head in each.heads)
+        table.add_row(
+            f"layer {each.layer}, {each.order}-gram",
+            f"{each.distinct:,}",
+            f"{statistics.mean(head.load for head in each.heads):.2f}",
+            f"{each.every_head:.4f}",
+            f"{each.every_head_expected:.4f}",
+            f"{sum(head.untouched for head in each.heads) / rows:.4f}",
+            f"{sum(head.untouched_expected for head in each.heads) / rows:.4f}",
+        )
+    console.print(table, "")
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(first, title=title, box=None, title_justify="left")
+    for other in others:
+        table.add_column(other, justify="right")
+    return table
+
+
+def _mean(values: list[Any]) -> str:
+    known = [value["mean"] for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else "–"
+
+
+def _share(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.0%}" if len(known) == len(values) else "–"

@@ -1,0 +1,188 @@
+"""`engram analyze`, and a verb for each of its parts: what a model's memory does, and a report."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from engram_lm.cli.evaluate_suites import NAMES, Asking, named, suites
+from engram_lm.cli.settings import (
+    changed_fields,
+    memory_options,
+    memory_places,
+    open_model,
+    opening,
+    prepare,
+    progress_bars,
+    setting,
+    settings,
+)
+from engram_lm.errors import ConfigError
+
+HELP = "Measure what a model's memory does; write a report with figures."
+BANDS = "frequency_bands"
+QUESTIONS = 200
+DEFAULT = "gates,lens,bands,addresses"
+
+
+def options(add: Callable[..., Any]) -> None:
+    add("models", nargs="+", type=Path, metavar="MODEL", help="directory; several are its seeds")
+    _shared(add)
+    add("--out", type=Path, required=True, help="directory of report.html, analysis.json, figures/")
+    add(
+        "--parts",
+        default=DEFAULT,
+        help="of gates, lens, bands, addresses, alignment, ablation, with commas between "
+        "(default: %(default)s, and alignment with --against)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    parts = [part for part in arguments.parts.split(",") if part]
+    if arguments.against and arguments.parts == DEFAULT:
+        parts.append("alignment")
+    _run(arguments, parts)
+
+
+class Part:
+    """A verb that measures one part alone and prints it."""
+
+    def __init__(self, name: str, said: str) -> None:
+        self.name, self.HELP = name, said
+
+    def options(self, add: Callable[..., Any]) -> None:
+        add(
+            "models", nargs="+", type=Path, metavar="MODEL", help="directory; several are its seeds"
+        )
+        _shared(add)
+        add("--out", type=Path, help="directory to write a report of this part into")
+        if self.name == "gates":
+            add("--sentence", action="append", metavar="TEXT", help="to colour; may be repeated")
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        _run(arguments, [self.name])
+
+
+gates = Part("gates", "Colour a text by its gates; say what they tell apart.")
+lens = Part("lens", "Read each block's prediction (LogitLens): how far it is from the final one.")
+bands = Part("bands", "Split the loss by how often the n-gram stood in a corpus.")
+addresses = Part("addresses", "Count which n-grams of a corpus share rows, beside what to expect.")
+alignment = Part("alignment", "Compare the blocks of two models (CKA), beside two seeds of one.")
+ablation = Part("ablation", "Take each part of a memory away: what its absence costs.")
+
+
+def _shared(add: Callable[..., Any]) -> None:
+    add("--against", nargs="+", type=Path, default=[], metavar="OTHER", help="to compare with")
+    add("--text", type=Path, help="file to read: one document, or .jsonl (default: WordNet's)")
+    add("--corpus", type=Path, help="file to count n-grams in: best what was trained on")
+    memory_options(add)
+    setting(add, "analyze.tokens=32768, suites.names=two_source, two_source.entities=1500")
+
+
+def _run(arguments: argparse.Namespace, parts: list[str]) -> None:
+    from engram_lm.analysis.analyze import analyze
+    from engram_lm.analysis.material import Sizes
+    from engram_lm.analysis.report import write_report
+    from engram_lm.cli.analysis_tables import show
+    from engram_lm.train.provenance import machine
+
+    changes = settings(arguments.set, ("analyze", "suites", *NAMES))
+    sizes = changed_fields("analyze", Sizes(), changes.pop("analyze"))
+    asking = _asking(changes)
+    if asking.names and "suites" not in parts:
+        parts = [*parts, "suites"]
+    prepare(None)
+    subject, tokenizer = _subject(arguments.models, arguments)
+    against = None
+    if arguments.against:
+        against, other = _subject(arguments.against, arguments, apart_from=subject.name)
+        from engram_lm.memory.canonical import backend_of
+
+        if backend_of(other).to_str() != backend_of(tokenizer).to_str():
+            raise ConfigError(f"{arguments.against[0]}: another tokenizer than {subject.name} has")
+    with Console(stderr=True).status("reading texts"):
+        material = _material(tokenizer, arguments, sizes)
+        asked = suites(asking, subject.models[0], tokenizer)
+        material = replace(material, suites=tuple(asked.values()), questions=asking.questions)
+    with progress_bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, of: int) -> None:
+            group = what.partition(":")[0]
+            if group not in tasks:
+                tasks[group] = bars.add_task(group, total=of, note="")
+            bars.update(tasks[group], completed=done, total=of, note=what.partition(":")[2])
+
+        found = analyze(subject, tokenizer, material, against=against, parts=parts, progress=tell)
+    if arguments.out is not None:
+        command = "$ engram " + shlex.join(sys.argv[1:])
+        path = write_report(arguments.out, found, command=command, about=machine())
+    if arguments.json:
+        print(json.dumps(asdict(found), ensure_ascii=False))
+        return
+    show(found, Console())
+    if arguments.out is not None:
+        Console().print(f"report: {path.resolve()}", soft_wrap=True)
+
+
+def _asking(changes: dict[str, dict[str, Any]]) -> Asking:
+    """Of --set suites.names=a,b, suites.questions=N and the suites' own fields."""
+    own = changes.pop("suites")
+    names, questions = own.pop("names", None), own.pop("questions", QUESTIONS)
+    if own or not isinstance(names, str | None) or not isinstance(questions, int) or questions < 1:
+        raise ConfigError("suites: suites.names=a,b and suites.questions=1 or more are accepted")
+    if names is not None and BANDS in names.split(","):
+        raise ConfigError(f"suites.names={names}: {BANDS} is a part of its own, bands")
+    files = changes["minimal_pairs"].pop("files", None)
+    found = named(names, changes)
+    return Asking(names=found, changes=changes, files=files, questions=questions, seed=0, batch=8)
+
+
+def _subject(
+    paths: Sequence[Path], arguments: argparse.Namespace, apart_from: str = ""
+) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from engram_lm.analysis.analyze import Subject
+
+    models = []
+    for path in paths:
+        with opening(path):
+            config: Any = AutoConfig.from_pretrained(path)
+            bare = getattr(config, "memory_config", None) is None
+            # What is compared with may have no memory to leave on disk; the subject is told.
+            places = {} if bare and apart_from else memory_places(arguments)
+            models.append(open_model(path, places).eval())
+    with opening(paths[0]):
+        tokenizer = AutoTokenizer.from_pretrained(paths[0])
+    if len({_shape(model) for model in models}) > 1:
+        raise ConfigError(f"{paths[0]} and others: seeds of one model have one configuration")
+    first = paths[0].resolve()
+    name = first.parent.name if first.name == "model" else first.name
+    return Subject(name=str(paths[0]) if name == apart_from else name, models=models), tokenizer
+
+
+def _shape(model: Any) -> tuple[Any, ...]:
+    config = model.config
+    memory = getattr(config, "memory_config", None)
+    return config.hidden_size, config.num_hidden_layers, memory and memory.specification.layers
+
+
+def _material(tokenizer: Any, arguments: argparse.Namespace, sizes: Any) -> Any:
+    from engram_lm.analysis import material
+
+    if arguments.text is None:
+        found = material.wordnet(tokenizer, sizes)
+    else:
+        found = material.read(arguments.text, tokenizer, sizes)
+    if arguments.corpus is not None:
+        counted = material.stream(material.parts(arguments.corpus), tokenizer, sizes.corpus_tokens)
+        found = replace(found, corpus=arguments.corpus.name, corpus_C=counted)
+    sentences = getattr(arguments, "sentence", None)  # `engram gates` alone has it
+    return found if sentences is None else replace(found, sentences=tuple(sentences))

@@ -1,0 +1,554 @@
+"""`engram analyze` and its parts: each number against a direct computation or a planted answer."""
+
+import contextlib
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from families import bare, memory, speak
+from test_analysis import HOSTILE, Balance, build, hooks
+
+import engram_lm
+from engram_lm import corpus
+from engram_lm.analysis import alignment
+from engram_lm.analysis.analyze import DEFAULT, PARTS, Subject, analyze
+from engram_lm.analysis.auroc import auroc, auroc_interval
+from engram_lm.analysis.band_findings import band_findings, error, paired, seeds_by_band
+from engram_lm.analysis.bands import BANDS
+from engram_lm.analysis.bootstrap import interval, interval_over_seeds
+from engram_lm.analysis.findings import Analysis
+from engram_lm.analysis.gate_scores import gate_scores, ranked
+from engram_lm.analysis.gates import gate_trace, stream_gates
+from engram_lm.analysis.material import Material, Sizes, encoded, name_ends, read, stream, wordnet
+from engram_lm.analysis.report import verdict, write_report
+from engram_lm.analysis.suite_ablation import WHOLE, suite_ablation
+from engram_lm.analysis.token_html import coloured
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.evaluate.suite_scores import SuiteScore, suite_scores
+from engram_lm.evaluate.suites.mqar import Induction
+from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.model import EngramLMForCausalLM
+
+SENTENCES = ("New York is a city.", "世界 👩🏽‍🚀!", HOSTILE, "word " * 300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return corpus.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def canonical() -> CanonicalMap:
+    return CanonicalMap.from_tokenizer(corpus.tokenizer_file())
+
+
+@pytest.fixture(scope="module")
+def material(tokenizer) -> Material:
+    texts = [(text, True) for text in corpus.documents("validation")[:60]]
+    return Material(
+        text=HOSTILE,
+        **encoded(texts, tokenizer, 1_500),
+        corpus="some <b>documents",
+        corpus_C=stream(texts, tokenizer),
+        sentences=SENTENCES,
+        context=64,
+        suites=(Induction(vocabulary=100, length=24, stretch=6),),
+        questions=6,
+    )
+
+
+@pytest.fixture(scope="module")
+def subject(canonical) -> Subject:
+    second = build(canonical)
+    with torch.no_grad():
+        for weight in second.parameters():
+            weight.mul_(1.1)
+    return Subject(name="<i>Engram", models=[build(canonical), second])
+
+
+@pytest.fixture(scope="module")
+def other(canonical) -> Subject:
+    plain = build(canonical, memory=False)
+    second = build(canonical, memory=False)
+    with torch.no_grad():
+        for weight in second.parameters():
+            weight.mul_(0.9)
+    return Subject(name="MoE", models=[plain, second])
+
+
+@pytest.fixture(scope="module")
+def found(subject, other, tokenizer, material) -> Analysis:
+    return analyze(subject, tokenizer, material, against=other, parts=PARTS)
+
+
+# What is read
+
+
+def test_names_end_where_two_capitalised_words_do(tokenizer):
+    text = "The king of Macedon, Alexander the Great, saw New York City; he left. Big Ben rang."
+
+    def named(text: str) -> list[str]:
+        encoding = tokenizer(text, return_offsets_mapping=True)
+        ends = name_ends(text, encoding["offset_mapping"])
+        return [
+            text[: end[1]].split()[-1]
+            for end, is_name in zip(encoding["offset_mapping"], ends, strict=True)
+            if is_name
+        ]
+
+    # Neither one capitalised word, nor the beginning of a sentence, where all words have one.
+    assert named(text) == ["Great", "City"]
+    assert named("亚历山大大帝 saw nobody") == []
+
+
+def test_bytes_are_those_of_the_text_of_each_token(tokenizer):
+    texts = ["Zürich, 世界 👩🏽‍🚀", "a b"]
+    made = encoded(((text, True) for text in texts), tokenizer)
+    assert made["bytes_T"].sum() == sum(len(text.encode()) for text in texts)
+    assert (made["bytes_T"][made["ids_T"] == 0] == 0).all()
+    cut = encoded(((text, True) for text in texts), tokenizer, 4)
+    assert all((cut[name] == made[name][:4]).all() for name in made)
+    parts = encoded([("a ", True), ("b", False)], tokenizer)
+    assert (parts["ids_T"] == 0).sum() == 1
+
+
+def test_wordnet_is_read_as_the_demo_reads_it(tokenizer):
+    made = wordnet(tokenizer, Sizes(tokens=256, context=64, corpus_tokens=5_000))
+    assert (made.corpus_C == corpus.tokens("train", 5_000, seed=0).ids).all()
+    assert len(made.ids_T) == 257 and made.windows_NT.shape == (4, 65)
+    assert (made.stream_T == made.ids_T).all()
+    assert made.stream_bytes == corpus.token_bytes()[made.ids_T[1:]].sum()
+
+
+def test_a_file_is_read_by_documents_and_its_first_lines_are_shown(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"line {n}\n\nmore"}) + "\n" for n in range(9)))
+    made = read(path, tokenizer, Sizes(tokens=64, context=16))
+    assert made.text == "a.jsonl" and made.corpus_C is None
+    assert made.sentences[:3] == ("line 0", "more", "line 1") and len(made.sentences) == 8
+    (tmp_path / "none.txt").write_text("")
+    with pytest.raises(DataError, match=r"none\.txt: no text"):
+        read(tmp_path / "none.txt", tokenizer, Sizes())
+    with pytest.raises(DataError, match="two windows of context=16"):
+        Material(text="t", **encoded([("a", True)], tokenizer), context=16).windows_NT  # noqa: B018
+    with pytest.raises(ConfigError, match="context=4"):
+        Sizes(context=4)
+
+
+# Measures
+
+
+def test_an_auroc_interval_holds_what_direct_bootstraps_give():
+    drawn = np.random.default_rng(0)
+    scores = drawn.integers(0, 5, (12, 9)) / 4
+    positive = scores + drawn.normal(size=scores.shape) > 0.6
+    low, high = auroc_interval(scores, positive)
+    direct = []
+    for picked in np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), 500):
+        windows = np.repeat(np.arange(12), picked)
+        direct.append(auroc(scores[windows].ravel(), positive[windows].ravel()))
+    assert (low, high) == pytest.approx(tuple(np.quantile(direct, (0.025, 0.975))))
+    with pytest.raises(DataError, match="both kinds"):
+        auroc_interval(scores, np.ones_like(positive))
+
+
+def test_intervals_over_seeds_draw_seeds_and_texts():
+    drawn = np.random.default_rng(0)
+    values = drawn.normal(size=(2, 3, 40)) + np.array([0, 10])[:, None, None]
+    bounds = interval_over_seeds(values)
+    # Of two seeds, a quarter of all draws are one of them twice: the interval spans both.
+    assert (bounds[:, 0] < 0.5).all() and (bounds[:, 1] > 9.5).all()
+    assert (interval_over_seeds(values[:1]) == interval(values[0])).all()
+    alike = np.repeat(values[:1], 2, axis=0)
+    # Seeds that are alike add nothing; draws differ by what both calls take from the generator.
+    assert interval_over_seeds(alike) == pytest.approx(interval(values[0]), abs=0.05)
+
+
+def test_a_gate_that_follows_the_counts_has_an_auroc_of_one():
+    drawn = np.random.default_rng(1)
+    counts = drawn.integers(0, 20, (4, 30))
+    gates = np.stack([counts / 20, 1 - counts / 20, np.full((4, 30), 0.5)], axis=-1)[None]
+    names = np.zeros((4, 30), dtype=bool)
+    names[:, 7] = True
+    scores = gate_scores([3], gates.astype(np.float32), [counts, counts], names)
+    assert [(score["stream"], score["order"]) for score in scores] == [
+        (stream, order) for stream in range(3) for order in (2, 3)
+    ]
+    told = [score["auroc_frequent"]["mean"] for score in scores]
+    assert told == [1, 1, 0, 0, 0.5, 0.5]
+    assert scores[0]["frequent"] == (counts[:, 1:] >= 10).sum()
+    assert scores[1]["frequent"] == (counts[:, 2:] >= 10).sum()
+    assert scores[0]["gate_names"] == pytest.approx((counts[:, 7] / 20).mean())
+    without = gate_scores([3], gates.astype(np.float32), [], names & False)
+    assert without[0]["auroc_frequent"] is without[0]["auroc_names"] is None
+
+
+def test_ngrams_are_ranked_by_the_mean_of_their_gates(canonical, tokenizer):
+    model = build(canonical)
+    text = " red green blue one two three red green blue four red green blue five one two three"
+    text += " one two three"
+    ids = np.array([[0, *tokenizer(text)["input_ids"]]])
+    tokens = [tokenizer.decode(i) for i in ids[0]]
+    gates = np.zeros((2, 1, ids.shape[1], 1), dtype=np.float32)
+    places = [at for at, token in enumerate(tokens) if token == " blue"]
+    for at, value in zip(places, (0.2, 0.4, 0.9), strict=True):
+        gates[:, 0, at] = value
+    highest, lowest = ranked(model, tokenizer, ids, gates, 2 * gates, None)
+    assert highest[0] == {
+        "ngram": " red green blue",
+        "times": 3,
+        "in_corpus": None,
+        "gate": pytest.approx(0.5),
+        "added": pytest.approx(1.0),
+    }
+    assert [each["ngram"] for each in lowest] == [" one two three"]
+
+
+def test_streamed_gates_are_those_of_single_traces(canonical, tokenizer):
+    model = build(canonical, 4)
+    texts = ["New York is", "A dog barks"]
+    traces = [gate_trace(model, tokenizer, text) for text in texts]
+    ids = np.array([trace.ids[:4] for trace in traces])
+    gates, added = stream_gates(model, ids, batch=1)
+    for window, trace in enumerate(traces):
+        np.testing.assert_allclose(gates[:, window], trace.gates_LTS[:, :4], atol=1e-6)
+        np.testing.assert_allclose(added[:, window], trace.contributions_LTS[:, :4], rtol=1e-5)
+
+
+def test_a_trace_has_losses_with_memory_and_without(canonical, tokenizer):
+    model = build(canonical).eval()
+    trace = gate_trace(model, tokenizer, "New York is a city")
+    ids = torch.tensor([trace.ids])
+    for losses, off in ((trace.losses, False), (trace.losses_off, True)):
+        with model.model.without_memory() if off else torch.no_grad():
+            logs = model(ids).logits[0].detach().double().log_softmax(-1)
+        wanted = [-float(logs[at, token]) for at, token in enumerate(trace.ids[1:])]
+        assert losses[0] is None and losses[1:] == pytest.approx(wanted, abs=1e-5)
+    assert trace.losses != trace.losses_off
+    assert trace.rows == model.model.addresses.rows(ids)[:, 0].tolist()
+
+
+def test_a_token_says_its_rows_and_who_else_reads_them(found):
+    trace = found.gates.traces[0]
+    html = coloured(trace)
+    place, layer = trace.tokens.index(" York"), trace.layers[0]
+    rows, sharers = trace.rows[0][place][:2], trace.sharers[0][place][:2]
+    seen = trace.counts[0][place] > 0
+    said = (
+        f"layer {layer}, 2-gram reads rows {rows[0]:,}, {rows[1]:,} (other n-grams on them: "
+        f"{sharers[0] - seen}, {sharers[1] - seen})"
+    )
+    assert said in html
+    change = trace.losses_off[place] - trace.losses[place]
+    assert f"{change:+.3f}".replace("-", "\u2212") in html
+    assert re.search(rf"--{'up' if change > 0 else 'down'}:{min(1, abs(change) / 3):.3f}", html)
+
+
+def test_bands_of_several_checkpoints_have_errors_over_them():
+    losses = np.array([[1.0, 2.0, 6.0, 8.0], [2.0, 4.0, 7.0, 9.0]])
+    bands = np.array([0, 0, 1, -1], dtype=np.int8)
+    rows = seeds_by_band(losses, bands)
+    assert [row["mean"] for row in rows] == [2.25, 6.5, None, None]
+    assert rows[0]["standard_error"] == pytest.approx(0.75)  # of 1.5 and 3
+    assert seeds_by_band(losses[:1], bands)[0]["standard_error"] == pytest.approx(0.5)
+    assert (paired(losses, losses - 1) == 1).all() and paired(losses, losses[:1]).shape == (1, 4)
+    assert error(losses, 2) == pytest.approx(abs(5.5 - 4.25) / 2)
+    assert error(losses[:1], 2) == pytest.approx((7 - 1.5) / 2)
+    made = band_findings({"a": losses, "b": losses[:1]}, [2], [bands], text_bytes=10, context=2)
+    assert made.difference == "a \N{MINUS SIGN} b"
+    assert made.difference_mean == pytest.approx(losses.mean() - losses[0].mean())
+    assert made.losses["b"].bpb == pytest.approx(17 / np.log(2) / 10)
+
+
+def test_rotated_copies_align_with_themselves_and_the_null_is_of_two_seeds():
+    drawn = torch.Generator().manual_seed(0)
+    one = torch.randn(3, 128, 16, generator=drawn)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=drawn)).Q
+    other = torch.randn(3, 128, 16, generator=drawn)
+    made = alignment.align("A", [one, other], "B", [2 * one @ turn], "here")
+    assert made.inputs == 128 and made.neighbours == 3
+    assert len(made.index) == 2 and len(made.null_index) == 1
+    own = alignment.compared(one, one @ turn)
+    assert torch.allclose(own.diagonal(), torch.ones(3, dtype=torch.float64), atol=1e-6)
+    far = alignment.compared(one, other)
+    assert far.abs().max() < 0.2  # independent, 128 of them in 16 dimensions
+    across = (own + alignment.compared(other, one)) / 2
+    assert np.array(made.across) == pytest.approx(across.numpy(), abs=1e-6)
+    assert np.array(made.null) == pytest.approx(far.numpy(), abs=1e-6)
+    assert alignment.align("A", [one], "B", [one @ turn], "here").null is None
+
+
+def test_states_are_those_of_the_blocks_at_the_places(canonical, material):
+    model = build(canonical).eval()
+    places, where = alignment.places(material)
+    assert where == "every 8th token" and len(places) % alignment.BATCH == 0
+    picked = places[[0, 20, 40, 60]]
+    states = alignment.states(model, material.windows_NT, picked, batch=2)
+    for at, (window, position) in enumerate(picked):
+        ids = torch.from_numpy(material.windows_NT[window, : position + 1])[None]
+        hidden = model(ids, output_hidden_states=True).hidden_states
+        for layer in range(2):  # the last one's is normalised there
+            assert torch.allclose(states[layer, at], hidden[layer + 1][0, -1], atol=1e-4)
+
+
+def test_suites_are_asked_with_each_part_off(canonical, tokenizer):
+    model = build(canonical)
+    suite = Induction(vocabulary=100, length=24, stretch=6)
+    told: list[str] = []
+    rows = suite_ablation(model, tokenizer, [suite], questions=8, progress=told.append)
+    assert [row["part"] for row in rows][:4] == [WHOLE, "memory off", "layer 0 off", "layer 2 off"]
+    assert told[0] == "induction, as it is" and len(told) == len(rows)
+    whole, off = rows[0], rows[1]
+    with model.model.without_memory():
+        (direct,) = suite_scores(model, tokenizer, suite, questions=8)
+    assert off["value"] == direct.mean and off["questions"] == 8
+    for row in rows:
+        if whole["value"] > whole["chance"]:
+            above = (row["value"] - whole["chance"]) / (whole["value"] - whole["chance"])
+            assert row["above_chance"] == pytest.approx(above)
+            assert row["retained"] == pytest.approx(row["value"] / whole["value"])
+        else:
+            assert row["retained"] is row["above_chance"] is None
+
+
+def test_a_planted_score_is_retained_as_far_as_it_was(monkeypatch, canonical, tokenizer):
+    model = build(canonical)
+
+    def planted(*_arguments, **_options):
+        right = 0.4 if next(calls) else 0.8
+        return [
+            SuiteScore(
+                suite="induction", kind="k", metric="right", chance=0.3, values_N=np.full(4, right)
+            )
+        ]
+
+    calls = itertools.count()  # the first is the model as it is
+    monkeypatch.setattr("engram_lm.analysis.suite_ablation.suite_scores", planted)
+    monkeypatch.setattr(
+        "engram_lm.analysis.ablation.mean_gates", lambda _model: contextlib.nullcontext({})
+    )
+    rows = suite_ablation(model, tokenizer, [Induction()], questions=4)
+    assert rows[0]["retained"] == rows[0]["above_chance"] == 1
+    assert rows[1]["retained"] == pytest.approx(0.5)
+    assert rows[1]["above_chance"] == pytest.approx(0.2)
+
+
+# The whole
+
+
+def test_an_analysis_has_every_part_and_survives_its_file(found, tmp_path):
+    assert found.checkpoints == found.checkpoints_against == 2
+    assert list(found.seconds) == list(PARTS)
+    assert [len(scores) for scores in found.gates.scores] == [4, 4]
+    lens = found.lens["MoE"]
+    assert lens.normed["final_to_layer"][-1]["mean"] == 0
+    assert all(row["low"] <= row["mean"] <= row["high"] for row in lens.normed["loss"])
+    assert found.bands.difference == "<i>Engram \N{MINUS SIGN} MoE"
+    assert len(found.addresses) == 4 and len(found.ablation) == len(found.suites) == 2
+    assert found.alignment.null is not None
+    off = found.bands.losses["<i>Engram, memory off"]
+    for checkpoint, parts in enumerate(found.ablation):
+        assert parts[0].name == "memory off"
+        whole = found.bands.losses["<i>Engram"].by_checkpoint[checkpoint]
+        assert parts[0].change == pytest.approx(off.by_checkpoint[checkpoint] - whole, abs=1e-6)
+    found.save(tmp_path / "a.json")
+    assert Analysis.load(tmp_path / "a.json") == found
+    (tmp_path / "half.json").write_text("{}")
+    with pytest.raises(DataError, match=r"half\.json"):
+        Analysis.load(tmp_path / "half.json")
+
+
+def test_one_checkpoint_is_called_one_seed(subject, other, tokenizer, material, tmp_path):
+    alone = Subject(name="one", models=subject.models[:1])
+    rival = Subject(name="rival", models=other.models[:1])
+    made = analyze(alone, tokenizer, material, against=rival, parts=("bands", "alignment"))
+    assert made.alignment.null is None and made.gates is None
+    html = write_report(tmp_path, made, command="x", about={}).read_text()
+    assert "one seed" in html and "nothing can be concluded" in html
+    assert "One seed" in verdict(made)[-1]
+
+
+def test_analysing_changes_nothing_and_leaves_no_hook(subject, tokenizer, material, monkeypatch):
+    model = subject.models[0].train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    count = hooks(model)
+    analyze(Subject(name="m", models=[model]), tokenizer, material, parts=PARTS)
+    assert model.training and hooks(model) == count
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    for part in (*DEFAULT, "ablation", "suites"):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.norm, "forward", lambda _: 1 / 0)
+            if part == "addresses":
+                continue  # runs no model
+            with pytest.raises(ZeroDivisionError):
+                analyze(Subject(name="m", models=[model]), tokenizer, material, parts=[part])
+        assert hooks(model) == count and model.training
+        assert "read" not in model.model.__dict__
+
+
+def test_disk_tables_and_attached_models_are_analysed_alike(
+    canonical, tokenizer, tmp_path, material
+):
+    model = build(canonical)
+    model.save_pretrained(tmp_path)
+    disk = EngramLMForCausalLM.from_pretrained(tmp_path, memory="disk", memory_budget="200kB")
+    parts = (*DEFAULT, "ablation")
+    results = [
+        analyze(Subject(name="m", models=[each]), tokenizer, material, parts=parts)
+        for each in (model.eval(), disk)
+    ]
+    disk.model.served.close()
+    first, second = ({**vars(each), "seconds": None} for each in results)
+    assert first == second
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": None}
+    attached = engram_lm.attach(bare("llama", **sizes), canonical, memory())
+    speak(attached)
+    made = analyze(Subject(name="a", models=[attached]), tokenizer, material)
+    assert made.gates is not None and made.addresses and made.lens is not None
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(subject, other, tokenizer, material):
+    with pytest.raises(ConfigError, match="there are gates, lens"):
+        analyze(subject, tokenizer, material, parts=["gate"])
+    with pytest.raises(ConfigError, match="gates: a memory is needed"):
+        analyze(other, tokenizer, material, parts=["gates"])
+    with pytest.raises(ConfigError, match="alignment: a model to compare with is needed"):
+        analyze(subject, tokenizer, material, parts=["alignment"])
+
+
+@pytest.fixture(scope="module")
+def page(found, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return write_report(out, found, command="$ engram <x>", about={"cpu": "<two>"})
+
+
+def test_the_report_is_well_formed_loads_nothing_and_shows_each_part(page, found):
+    html = page.read_text(encoding="utf-8")
+    balance = Balance()
+    balance.feed(html)
+    balance.close()
+    assert balance.open == [] and balance.tags.count("script") == 1
+    assert not re.search(r"https?:|url\((?!#)|@import|<link|<iframe|\x00", html)
+    assert html.count("&lt;script&gt;alert(") >= 2  # the text's name and a sentence
+    for part in PARTS:
+        assert f'<section id="{part}">' in html
+    drawn = sorted(path.name for path in (page.parent / "figures").iterdir())
+    assert len(drawn) == 2 * balance.tags.count("svg") == 2 * 15
+    assert "世" in html and "2 seeds" in html
+    for band in BANDS:
+        assert band in html
+    assert f"{found.ablation[0][0].change:+.1f}"[:1] in "+-"
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def saved(canonical, tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("a", "b")):
+        model = build(canonical, memory=name != "c")
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+        model.save_pretrained(out / name / "model")
+        tokenizer.save_pretrained(out / name / "model")
+    plain = build(canonical, memory=False)
+    plain.save_pretrained(out / "plain")
+    tokenizer.save_pretrained(out / "plain")
+    (out / "text.txt").write_text("New York is a city in the United States.\n世界\n" * 60)
+    return out
+
+
+def test_analyze_writes_a_report_of_several_seeds(saved, tmp_path, capsys):
+    text = str(saved / "text.txt")
+    command = [
+        *("analyze", str(saved / "a/model"), str(saved / "b/model")),
+        *("--against", str(saved / "plain"), "--text", text, "--corpus", text),
+        *("--out", str(tmp_path), "--set=analyze.context=32", "--set=analyze.tokens=640"),
+    ]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "a (2 seeds): 640 tokens of text.txt" in said and "report.html" in said
+    made = Analysis.load(tmp_path / "analysis.json")
+    assert (made.name, made.against, made.corpus) == ("a", "plain", "text.txt")
+    assert made.alignment is not None and made.ablation is None
+    assert made.gates.traces[0].text == "New York is a city in the United States."
+
+
+@pytest.mark.parametrize("verb", ["gates", "lens", "bands", "addresses", "alignment", "ablation"])
+def test_each_part_has_a_verb(saved, tmp_path, capsys, verb):
+    text = str(saved / "text.txt")
+    command = [
+        *(verb, str(saved / "a/model"), "--text", text, "--corpus", text, "--memory=disk"),
+        "--memory-budget=200kB",
+        *("--set=analyze.context=32", "--set=analyze.tokens=640"),
+        *(("--against", str(saved / "plain")) if verb == "alignment" else ()),
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    titles = {
+        "gates": "gates: white 0, blue 1",
+        "lens": "each place read by the model's head",
+        "bands": "loss, nats per token",
+        "addresses": "who shares rows",
+        "alignment": "null: one seed, none",
+        "ablation": "loss without a part",
+    }
+    assert [name for name, title in titles.items() if title in shown] == [verb]
+    assert main([*command, "--json", "--out", str(tmp_path)]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert [name for name in PARTS if made[name] is not None] == [verb]
+    assert Analysis.load(tmp_path / "analysis.json").name == "a"
+
+
+def test_ablation_asks_suites(saved, capsys):
+    command = [
+        *("ablation", str(saved / "a/model"), "--text", str(saved / "text.txt")),
+        *("--set=analyze.context=32", "--set=analyze.tokens=64", "--set=suites.names=induction"),
+        *("--set=induction.length=24", "--set=induction.stretch=6", "--set=suites.questions=3"),
+    ]
+    assert main(command) == 0
+    assert "suites without a part" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["suites"][0]
+    assert {row["suite"] for row in rows} == {"induction"} and rows[1]["part"] == "memory off"
+
+
+def test_gates_colours_any_sentence(saved, capsys):
+    command = ["gates", str(saved / "a/model"), "--sentence", HOSTILE, "--sentence", "世界"]
+    text = ["--text", str(saved / "text.txt"), "--set=analyze.tokens=320"]
+    assert main([*command, *text, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert [trace["text"] for trace in made["gates"]["traces"]] == [HOSTILE, "世界"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gates", "plain"], "gates: a memory is needed"),
+        (["addresses", "a/model"], "addresses: a corpus is needed"),
+        (["alignment", "a/model"], "a model to compare with is needed"),
+        (["gates", "nowhere"], "nowhere: no config.json"),
+        (["lens", "a/model", "plain"], "seeds of one model have one configuration"),
+        (["bands", "a/model", "--set=analyze.context=2"], "context=2"),
+        (["bands", "a/model", "--set=analyze.tokens=100000"], None),
+        (["gates", "a/model", "--sentence", ""], "text=''"),
+        (["analyze", "a/model", "--out", "x", "--parts=all"], "'all'"),
+        (["ablation", "a/model", "--set=suites.names=mqra"], "suite 'mqra': unknown"),
+        (["ablation", "a/model", "--set=suites.seed=1"], "suites.names=a,b"),
+        (["ablation", "a/model", "--set=suites.names=frequency_bands"], "a part of its own"),
+    ],
+)
+def test_bad_input_gets_one_line(saved, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(saved)
+    status = main([*arguments, "--text", "text.txt"])
+    captured = capsys.readouterr()
+    if said is None:  # a text shorter than what was asked for is read whole
+        assert status == 0
+        return
+    assert status == 2 and said in captured.err and captured.err.count("\n") == 1
+    assert not captured.out and not (saved / "x").exists()
