@@ -1,21 +1,25 @@
 """Facts that were trained and facts in the context: what is left of each when memory is off.
 
     python recipes/two_source.py
+    python recipes/two_source.py --seeds 1 --arms MoE    # one run; another sitting does another
 
 The demo's twins, a MoE and an Engram model of equal parameters and FLOPs, are trained from scratch
 on the documents of engram_lm/evaluate/suites/two_source.py: half of them state facts that never
 change, half state facts drawn anew and ask for them. Then each is asked for both, as it is and with
-parts switched off: the Engram arm without its memory, and as a control the MoE without the routed
-experts of one layer, each layer in turn. Retention is raw, as the paper has it, and above chance.
+parts switched off: the Engram arm without its memory and each of its parts, and as a control the
+MoE without the routed experts of one layer, each layer in turn. Retention is raw, as the paper has
+it, and above chance. On held-out documents: when predictions are ready (LogitLens), which layers
+are alike (CKA at the last tokens of names, beside two seeds of the MoE), what gates tell apart.
 
-Trains into runs/two-source/SEED (goes on where it was interrupted) and writes
-results/two_source.json with its figure. --smoke: minutes become seconds, and the numbers mean
-nothing. The last line printed is the summary.
+A run trains in runs/two_source/SEED/ARM (goes on where it was interrupted), and leaves what was
+measured of it in results/two_source/, so that six runs may be six sittings. When all are there,
+results/two_source.json is written with its figure and runs/two_source/report/. --smoke: minutes
+become seconds, and the numbers mean nothing. The last line printed is the summary.
 """
 
 import argparse
 import json
-import statistics
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -23,43 +27,32 @@ from typing import Any
 
 import numpy as np
 import torch
+import two_source_summary
 from rich.console import Console
-from rich.table import Column, Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from two_source_figure import draw
 
 from engram_lm import CanonicalMap, EngramLMForCausalLM, preset
 from engram_lm.analysis import ablation
-from engram_lm.analysis.ablation_losses import retention
+from engram_lm.analysis.analyze import OF_ALL, PARTS
+from engram_lm.analysis.material import Material
+from engram_lm.analysis.measure import measure
 from engram_lm.errors import DataError
 from engram_lm.evaluate.answers import answers
+from engram_lm.evaluate.rendering import tokenizer_of
 from engram_lm.evaluate.suites.two_source import PAD, SEPARATOR, TwoSource
 from engram_lm.model.presets import RHO, configure, for_vocabulary
 from engram_lm.model.twin import twin
-from engram_lm.studies.record import Record
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run
+from engram_lm.train.provenance import commit, machine
 from engram_lm.train.stream import Continuous
 from engram_lm.train.turns import train
 
-ARMS = ("MoE", "Engram")
-
-
-def tokenizer_of(world: TwoSource) -> PreTrainedTokenizerFast:
-    """One token a word."""
-    words = world.words()
-    backend = Tokenizer(
-        models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=words[PAD])
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=words[SEPARATOR],
-        eos_token=words[SEPARATOR],
-        pad_token=words[PAD],
-    )
+ARMS = ("Engram", "MoE")
+WORLD = {"entities": 1_000, "relations": 2, "values": 20}
+SMOKE = {"entities": 30, "relations": 2, "values": 20}
+STATES = 384
+"""Hidden states of each layer that are kept for CKA: 6 batches of 64."""
 
 
 def stream_of(world: TwoSource, tokens: int, seed: int) -> Continuous:
@@ -128,66 +121,87 @@ def asked(arm: str, model: Any, world: TwoSource, number: int) -> dict[str, dict
     return found
 
 
-def run(seed: int, world: TwoSource, config: TrainConfig, out: Path, small: bool) -> dict[str, Any]:
-    """Both arms of one seed, trained in turn on the same tokens in the same order."""
+def run(
+    arm: str, world: TwoSource, training: Continuous, config: TrainConfig, out: Path, small: bool
+) -> Run:
+    """One arm of one seed, to its end. Arms of a seed read the same tokens in the same order."""
     tokenizer = tokenizer_of(world)
     canonical = CanonicalMap.from_tokenizer(tokenizer)
     if canonical.canonical_ids != world.vocabulary:
         raise DataError(f"{canonical.canonical_ids} canonical ids of {world.vocabulary} words")
-    training = stream_of(world, config.tokens, seed)
-    validation = stream_of(world, config.validation_tokens, seed + 1_000)
-    runs = {}
-    for arm, made in models_of(world, small).items():
-        torch.manual_seed(seed)
-        model = EngramLMForCausalLM(made)
-        if made.memory is not None:
-            model.set_canonical_map(canonical)
-        runs[arm] = Run(
-            model,
-            tokenizer,
-            config,
-            out / str(seed) / arm.lower(),
-            training=training,
-            validation=validation,
-        )
-    train(list(runs.values()), list(runs))
-    found: dict[str, Any] = {}
-    for arm, each in runs.items():
-        found |= asked(arm, each.model, world, 40 if small else 1_000)
-        each.close()
-    return found
+    made = models_of(world, small)[arm]
+    torch.manual_seed(config.seed)
+    model = EngramLMForCausalLM(made)
+    if made.memory is not None:
+        model.set_canonical_map(canonical)
+    trained = Run(
+        model,
+        tokenizer,
+        config,
+        out / str(config.seed) / arm.lower(),
+        training=training,
+        validation=stream_of(world, config.validation_tokens, config.seed + 1_000),
+    )
+    train([trained], [f"{arm}, seed {config.seed}"])
+    trained.close()
+    return trained
 
 
-def summarise(found: dict[int, dict[str, dict[str, float]]], chance: float) -> dict[str, float]:
-    """Flat: name -> number. Means and standard deviations over seeds."""
-    values: dict[str, list[float]] = {}
+def material(world: TwoSource, training: Continuous, tokens: int, questions: int) -> Material:
+    """Held-out documents; as the corpus what was trained on."""
+    ids_T = stream_of(world, tokens, 2_000).ids_T.astype(np.int64)
+    words = world.words()
+    documents = world.documents(seed=3_000)
+    return Material(
+        text="held-out documents",
+        ids_T=ids_T,
+        bytes_T=np.ones(len(ids_T), dtype=np.int64),
+        names_T=np.array([words[token].startswith("last") for token in ids_T]),
+        corpus="the training documents",
+        corpus_C=training.ids_T.astype(np.int64),
+        sentences=tuple(" ".join(words[token] for token in next(documents)[1:]) for _ in range(4)),
+        suites=(world,),
+        questions=questions,
+    )
 
-    def add(name: str, value: float) -> None:
-        values.setdefault(name.replace(", ", "_").replace(" ", "_").replace("/", "_"), []).append(
-            value
-        )
 
-    for seed in found.values():
-        for name, kinds in seed.items():
-            whole = seed[name.split(", ")[0]]
-            for kind, score in kinds.items():
-                add(f"{name} {kind}", score)
-                if ", " in name and whole[kind] > chance:
-                    add(f"{name} {kind} retained", retention(score, whole[kind]))
-                    add(f"{name} {kind} above chance", retention(score, whole[kind], chance))
-    flat: dict[str, float] = {"seeds": len(found), "chance": chance}
-    for name, by_seed in values.items():
-        if len(by_seed) == len(found):  # a score at chance in one seed retains nothing there
-            flat[f"{name}_mean"] = statistics.mean(by_seed)
-            flat[f"{name}_sd"] = statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
-    return flat
+def measured(
+    trained: Run, arm: str, world: TwoSource, training: Continuous, out: Path, small: bool
+) -> None:
+    """Leaves ARM-SEED.json and ARM-SEED.safetensors in `out`."""
+    number, seed = 40 if small else 1_000, trained.config.seed
+    read = material(world, training, 1_024 if small else 16_384, number // 4)
+    canonical = CanonicalMap.from_tokenizer(trained.tokenizer)
+    found = measure(
+        trained.model,
+        trained.tokenizer,
+        read,
+        read.counts(canonical, 3),
+        PARTS if arm == "Engram" else OF_ALL,
+        traced=seed == 0,
+    )
+    assert found.states_AID is not None
+    found.states_AID = found.states_AID[:, :STATES]
+    out.mkdir(parents=True, exist_ok=True)
+    found.save(out / f"{arm}-{seed}.safetensors")
+    record = {
+        "asked": asked(arm, trained.model, world, number),
+        "training_seconds": trained.seconds,
+        "tokens": trained.config.steps * trained.config.batch * trained.config.context,
+        "commit": commit(),
+        "machine": machine(),
+        "measured": time.strftime("%Y-%m-%d"),
+    }
+    aside = out / f"{arm}-{seed}.partial"
+    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    aside.rename(out / f"{arm}-{seed}.json")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=int, default=10_000_000)
-    parser.add_argument("--entities", type=int, default=2_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, into two_source-smoke")
     arguments = parser.parse_args()
@@ -195,27 +209,35 @@ def main() -> None:
     torch.set_flush_denormal(True)
     keep_freed_memory()
     name = "two_source-smoke" if arguments.smoke else "two_source"
-    record, console = Record(name), Console(stderr=True)
-    world = TwoSource(entities=30 if arguments.smoke else arguments.entities)
-    sizes = {"tokens": 1_024, "batch": 4, "validation_tokens": 512} if arguments.smoke else {}
-    found = {}
+    world = TwoSource(**(SMOKE if arguments.smoke else WORLD))
+    sizes: dict[str, int] = {"batch": 16, "evaluate_every": 200, "checkpoint_every": 200}
+    if arguments.smoke:
+        sizes = {"tokens": 1_024, "batch": 4, "validation_tokens": 512}
+    results, console = Path("results") / name, Console(stderr=True)
     for seed in arguments.seeds:
         config = TrainConfig(**{"tokens": arguments.tokens, **sizes, "seed": seed})
-        found[seed] = run(seed, world, config, Path("runs") / name, arguments.smoke)
-        show(found[seed], console)
-    flat = {**summarise(found, world.chance), "tokens": config.tokens, "entities": world.entities}
-    record.write(flat, {str(seed): each for seed, each in found.items()}, seeds=arguments.seeds)
-    draw(flat, record.path)
+        training = stream_of(world, config.tokens, seed)
+        for arm in arguments.arms:
+            if (results / f"{arm}-{seed}.json").exists():
+                console.print(f"{arm}, seed {seed}: measured before")
+                continue
+            trained = run(arm, world, training, config, Path("runs") / name, arguments.smoke)
+            measured(trained, arm, world, training, results, arguments.smoke)
+    complete = {
+        seed
+        for seed in arguments.seeds
+        if all((results / f"{arm}-{seed}.json").exists() for arm in ARMS)
+    }
+    if complete != set(arguments.seeds):
+        console.print(f"measured so far of both arms: seeds {sorted(complete)}")
+        return
+    training = stream_of(world, config.tokens, arguments.seeds[0])
+    read = material(world, training, 1_024 if arguments.smoke else 16_384, 0)
+    canonical = CanonicalMap.from_tokenizer(tokenizer_of(world))
+    flat = two_source_summary.summarise(
+        results, read, canonical, arguments.seeds, world, Path("runs") / name
+    )
     print(json.dumps(flat))
-
-
-def show(found: dict[str, dict[str, float]], console: Console) -> None:
-    """One seed's shares of right answers."""
-    kinds = list(next(iter(found.values())))
-    table = Table(Column("", no_wrap=True), *kinds, box=None)
-    for name, scores in found.items():
-        table.add_row(name, *(f"{scores[kind]:.3f}" for kind in kinds))
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from test_analysis import HOSTILE, Balance, build, hooks
 import engram_lm
 from engram_lm import corpus
 from engram_lm.analysis import alignment
-from engram_lm.analysis.analyze import DEFAULT, PARTS, Subject, analyze
+from engram_lm.analysis.analyze import DEFAULT, OF_ALL, PARTS, Subject, analyze, assemble
 from engram_lm.analysis.auroc import auroc, auroc_interval
 from engram_lm.analysis.band_findings import band_findings, error, paired, seeds_by_band
 from engram_lm.analysis.bands import BANDS
@@ -23,6 +23,8 @@ from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.gate_scores import gate_scores, ranked
 from engram_lm.analysis.gates import gate_trace, stream_gates
 from engram_lm.analysis.material import Material, Sizes, encoded, name_ends, read, stream, wordnet
+from engram_lm.analysis.measure import measure
+from engram_lm.analysis.measured import Measured
 from engram_lm.analysis.report import verdict, write_report
 from engram_lm.analysis.suite_ablation import WHOLE, suite_ablation
 from engram_lm.analysis.token_html import coloured
@@ -360,6 +362,32 @@ def test_an_analysis_has_every_part_and_survives_its_file(found, tmp_path):
     (tmp_path / "half.json").write_text("{}")
     with pytest.raises(DataError, match=r"half\.json"):
         Analysis.load(tmp_path / "half.json")
+
+
+def test_what_was_measured_survives_its_file_and_makes_the_same_analysis(
+    found, subject, other, tokenizer, material, canonical, tmp_path
+):
+    counts = material.counts(canonical, 3)
+    measured = {
+        each.name: [
+            measure(model, tokenizer, material, counts, parts, traced=number == 0)
+            for number, model in enumerate(each.models)
+        ]
+        for each, parts in ((subject, PARTS), (other, OF_ALL))
+    }
+    again: dict[str, list[Measured]] = {}
+    for name, checkpoints in measured.items():
+        for number, checkpoint in enumerate(checkpoints):
+            path = tmp_path / f"{len(again)}-{number}.safetensors"
+            checkpoint.save(path)
+            again.setdefault(name, []).append(Measured.load(path))
+            assert torch.equal(again[name][-1].states_AID, checkpoint.states_AID.half().float())
+            again[name][-1].states_AID = checkpoint.states_AID
+    made = assemble(again, material, canonical.ids_V.numpy(), counts)
+    assert {**vars(made), "seconds": 0} == {**vars(found), "seconds": 0}
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"bad\.safetensors: nothing measured"):
+        Measured.load(tmp_path / "bad.safetensors")
 
 
 def test_one_checkpoint_is_called_one_seed(subject, other, tokenizer, material, tmp_path):

@@ -56,11 +56,11 @@ def test_a_summary_retains_nothing_of_what_was_at_chance(recipe):
         }
         for seed in (0, 1)
     }
-    flat = recipe.summarise(seeds, chance=0.1)
+    flat = recipe.two_source_summary.asked(list(seeds.values()), chance=0.1)
     assert flat["Engram_memory_off_trained_after_retained_mean"] == pytest.approx(0.4)
     assert flat["Engram_memory_off_trained_after_above_chance_mean"] == pytest.approx(0.25)
     assert "Engram_memory_off_given_after_retained_mean" not in flat
-    assert flat["Engram_given_after_sd"] == 0 and flat["seeds"] == 2
+    assert flat["Engram_given_after_sd"] == 0
 
 
 @pytest.mark.long
@@ -73,8 +73,13 @@ def test_the_recipe_runs_in_small_and_goes_on_where_it_was(recipe, tmp_path, mon
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     record = json.loads(Path("results/two_source-smoke.json").read_text())
     assert record["summary"] == first and first["seeds"] == 2
-    assert set(record["raw"]["0"]) >= {"MoE", "Engram", "Engram, memory off"}
+    assert set(record["raw"]["asked"][0]) >= {"MoE", "Engram", "Engram, memory off"}
+    assert first["lens_loss_difference_mean"] == pytest.approx(
+        first["lens_loss_Engram_mean"] - first["lens_loss_MoE_mean"]
+    )
+    assert first["alignment_null_mean"] > 0
     for suffix in ("svg", "png"):
         assert Path(f"results/two_source-smoke.{suffix}").stat().st_size > 1000
-    recipe.main()  # nothing is trained again
+    assert Path("runs/two_source-smoke/report/report.html").stat().st_size > 100_000
+    recipe.main()  # nothing is trained or measured again
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from engram_lm.analysis.ablation import memory_off
-from engram_lm.analysis.analyze import BATCH, PARTS, Progress, Subject, analyze
+from engram_lm.analysis.analyze import PARTS, Subject, analyze
 from engram_lm.analysis.from_disk import from_disk
 from engram_lm.analysis.material import Material
+from engram_lm.analysis.measure import BATCH, Progress
 from engram_lm.analysis.results import ArmResult, DemoResults, TrainingLog, Value
 from engram_lm.analysis.samples import Sample, samples
 from engram_lm.errors import ConfigError

@@ -194,12 +194,7 @@ class Analysis:
             losses = {name: Losses(**each) for name, each in bands["losses"].items()}
             made["bands"] = BandFindings(**{**bands, "losses": losses})
         if made["addresses"]:
-            made["addresses"] = [
-                OrderSharing(
-                    **{**order, "heads": tuple(HeadSharing(**head) for head in order["heads"])}
-                )
-                for order in made["addresses"]
-            ]
+            made["addresses"] = [sharing(order) for order in made["addresses"]]
         if made["alignment"]:
             made["alignment"] = AlignmentFindings(**made["alignment"])
         if made["ablation"]:
@@ -207,3 +202,9 @@ class Analysis:
                 [AblationLoss(**part) for part in parts] for parts in made["ablation"]
             ]
         return cls(**made)
+
+
+def sharing(record: dict[str, Any]) -> OrderSharing:
+    """From what `asdict` gives."""
+    heads = tuple(HeadSharing(**head) for head in record["heads"])
+    return OrderSharing(**{**record, "heads": heads})

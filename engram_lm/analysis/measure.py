@@ -1,0 +1,213 @@
+"""Reads everything that an analysis needs off one checkpoint, part by part.
+
+Shapes: N windows, T positions of a window.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from engram_lm.analysis import alignment
+from engram_lm.analysis.ablation import memory_decoder, memory_off
+from engram_lm.analysis.ablation_losses import TOKENS, ablation_losses
+from engram_lm.analysis.ablation_losses import parts as ablations
+from engram_lm.analysis.bands import NgramCounts
+from engram_lm.analysis.gate_scores import gate_scores, ranked
+from engram_lm.analysis.gates import GateTrace, gate_trace, stream_gates
+from engram_lm.analysis.logit_lens import logit_lens
+from engram_lm.analysis.material import Material
+from engram_lm.analysis.measured import Measured, Nats
+from engram_lm.analysis.row_sharing import RowSharing
+from engram_lm.analysis.suite_ablation import suite_ablation
+from engram_lm.evaluate.token_losses import token_losses
+
+LENS_TEXTS = 64
+"""Windows that the lens reads, at most: it makes logits of every layer."""
+BATCH = 8
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how far it is, and of how much."""
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    material: Material,
+    counts: Sequence[NgramCounts],
+    parts: Sequence[str],
+    *,
+    traced: bool = True,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """The model stays as it is. parts: of analyze.PARTS, those that this model can be asked for.
+
+    counts: of the material's corpus, orders 2 and up. traced: colours sentences and ranks n-grams
+    as well, which a report needs of one checkpoint only.
+    """
+    found = Measured()
+    work = _Measuring(model, tokenizer, material, counts, traced, autocast, progress or _silent)
+    for part in parts:
+        begun = time.perf_counter()
+        getattr(work, part)(found)
+        found.seconds[part] = time.perf_counter() - begun
+    return found
+
+
+class _Measuring:
+    """One method a part."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        material: Material,
+        counts: Sequence[NgramCounts],
+        traced: bool,
+        autocast: torch.dtype | None,
+        progress: Progress,
+    ) -> None:
+        self.model, self.tokenizer, self.material = model, tokenizer, material
+        self.counts, self.traced, self.autocast = counts, traced, autocast
+        self.progress = progress
+        self.known: dict[tuple[int, int], RowSharing] | None = None
+
+    def gates(self, found: Measured) -> None:
+        windows_NT = self.material.windows_NT[:, :-1]
+        addresses = memory_decoder(self.model).memory.addresses
+        names_NT = self.material.names_T[: windows_NT.size].reshape(windows_NT.shape)
+        canonical_NT = addresses.canonical.ids_V.numpy()[windows_NT]
+        counts = [
+            np.stack([each.of(canonical_T) for canonical_T in canonical_NT]) for each in self.counts
+        ]
+        gates, added = stream_gates(
+            self.model,
+            windows_NT,
+            batch=BATCH,
+            autocast=self.autocast,
+            progress=self._told("gates", len(windows_NT)),
+        )
+        found.scores = gate_scores(addresses.layers, gates, counts, names_NT)
+        if self.traced:
+            counted = self.counts[-1] if self.counts else None
+            found.highest, found.lowest = ranked(
+                self.model, self.tokenizer, windows_NT, gates, added, counted
+            )
+            found.traces = [self._trace(sentence) for sentence in self.material.sentences]
+
+    def lens(self, found: Measured) -> None:
+        windows_NT = self.material.windows_NT[:LENS_TEXTS]
+        found.lens = logit_lens(
+            self.model,
+            windows_NT,
+            autocast=self.autocast,
+            progress=self._told("logit lens", len(windows_NT)),
+        )
+
+    def bands(self, found: Measured) -> None:
+        found.losses_T = self._losses("losses")
+        if getattr(self.model.config, "memory_config", None) is not None:
+            with memory_off(self.model):
+                found.losses_off_T = self._losses("losses, memory off")
+
+    def addresses(self, found: Measured) -> None:
+        found.addresses = [sharing.summary() for sharing in self._sharing().values()]
+
+    def alignment(self, found: Measured) -> None:
+        windows_NT = self.material.windows_NT
+        where_I2, found.where = alignment.places(self.material)
+        found.states_AID = alignment.states(
+            self.model,
+            windows_NT,
+            where_I2,
+            batch=BATCH,
+            progress=self._told("hidden states", len(windows_NT)),
+        )
+
+    def ablation(self, found: Measured) -> None:
+        passes, steps = 1 + len(ablations(self.model, {}, heads=True)), count(0)
+        found.ablation = ablation_losses(
+            self.model,
+            self.material.stream_T[: TOKENS + 1],
+            context=self.material.context,
+            batch=BATCH,
+            counts=self.counts,
+            heads=True,
+            autocast=self.autocast,
+            progress=lambda name: self.progress(f"ablation: {name}", next(steps), passes),
+        )
+
+    def suites(self, found: Measured) -> None:
+        each = 1 + len(ablations(self.model, {}, heads=False))
+        passes, steps = len(self.material.suites) * each, count(0)
+        found.suites = suite_ablation(
+            self.model,
+            self.tokenizer,
+            self.material.suites,
+            questions=self.material.questions,
+            progress=lambda name: self.progress(f"suites: {name}", next(steps), passes),
+        )
+
+    def _losses(self, said: str) -> Nats:
+        ids_T = self.material.stream_T
+        return token_losses(
+            self.model,
+            ids_T,
+            context=self.material.context,
+            batch=BATCH,
+            autocast=self.autocast,
+            progress=self._told(said, len(ids_T) - 1),
+        ).astype(np.float64)
+
+    def _sharing(self) -> dict[tuple[int, int], RowSharing]:
+        """(layer, order) -> who reads the rows; {} without a corpus."""
+        if self.material.corpus_C is None:
+            return {}
+        if self.known is None:
+            addresses = memory_decoder(self.model).memory.addresses
+            orders = range(2, addresses.specification.max_order + 1)
+            tables = [(layer, order) for layer in addresses.layers for order in orders]
+            self.known = {}
+            for done, (layer, order) in enumerate(tables):
+                self.progress("n-grams on rows", done, len(tables))
+                self.known[layer, order] = RowSharing(
+                    addresses, self.material.corpus_C, layer, order
+                )
+        return self.known
+
+    def _trace(self, sentence: str) -> GateTrace:
+        """With counts and sharers, where there is a corpus."""
+        trace = gate_trace(self.model, self.tokenizer, sentence)
+        sharing = self._sharing()
+        if not sharing:
+            return trace
+        canonical = memory_decoder(self.model).memory.addresses.canonical
+        canonical_T = canonical.ids_V.numpy()[np.array(trace.ids)]
+        columns = len(trace.rows[0][0]) // len(trace.orders)
+        sharers = [
+            np.concatenate(
+                [
+                    sharing[layer, order].of(rows_TH[:, at * columns : (at + 1) * columns])
+                    for at, order in enumerate(trace.orders)
+                ],
+                axis=1,
+            ).tolist()
+            for layer, rows_TH in zip(trace.layers, map(np.array, trace.rows), strict=True)
+        ]
+        return replace(
+            trace,
+            counts=[each.of(canonical_T).tolist() for each in self.counts],
+            sharers=sharers,
+        )
+
+    def _told(self, what: str, steps: int) -> Callable[[int], None]:
+        return lambda done: self.progress(what, done, steps)
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    return None

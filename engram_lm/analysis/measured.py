@@ -1,0 +1,121 @@
+"""What is read off one checkpoint. Those of several, measured at any time, make an analysis.
+
+Shapes: K places of the stream, N texts, T tokens, A layers, I inputs, D width.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from engram_lm.analysis.ablation_losses import AblationLoss
+from engram_lm.analysis.findings import GateScore, NgramGate, sharing
+from engram_lm.analysis.gates import GateTrace
+from engram_lm.analysis.logit_lens import MEASURES, LogitLens, Place
+from engram_lm.analysis.row_sharing import OrderSharing
+from engram_lm.analysis.suite_ablation import PartScore
+from engram_lm.errors import DataError
+
+Made = TypeVar("Made")
+Nats = npt.NDArray[np.float64]
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Parts that were not measured are None."""
+
+    scores: list[GateScore] | None = None
+    traces: list[GateTrace] = field(default_factory=list)
+    highest: list[NgramGate] = field(default_factory=list)
+    lowest: list[NgramGate] = field(default_factory=list)
+    lens: LogitLens | None = None
+    losses_T: Nats | None = None
+    losses_off_T: Nats | None = None
+    """With memory off; None for a model without one."""
+    states_AID: torch.Tensor | None = None
+    where: str = ""
+    """At which tokens the states were taken."""
+    addresses: list[OrderSharing] | None = None
+    ablation: list[AblationLoss] | None = None
+    suites: list[PartScore] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """One safetensors file, aside first, then renamed. States are rounded to half precision."""
+        arrays: dict[str, torch.Tensor] = {}
+        if self.lens is not None:
+            for norm, values in (("normed", self.lens.normed), ("plain", self.lens.plain)):
+                arrays |= {f"lens.{norm}.{name}": torch.tensor(values[name]) for name in MEASURES}
+        for name, losses_T in (("losses", self.losses_T), ("losses_off", self.losses_off_T)):
+            if losses_T is not None:
+                arrays[name] = torch.tensor(losses_T).float()  # as they were computed
+        if self.states_AID is not None:
+            arrays["states"] = self.states_AID.half()
+        plain = {
+            "scores": self.scores,
+            "traces": [asdict(trace) for trace in self.traces],
+            "highest": self.highest,
+            "lowest": self.lowest,
+            "places": None if self.lens is None else [asdict(each) for each in self.lens.places],
+            "where": self.where,
+            "addresses": _plain(self.addresses),
+            "ablation": _plain(self.ablation),
+            "suites": self.suites,
+            "seconds": self.seconds,
+        }
+        aside = path.with_suffix(".partial")
+        save_file(arrays, aside, metadata={"plain": json.dumps(plain, allow_nan=False)})
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Measured":
+        """What `save` wrote. DataError where that cannot be read."""
+        try:
+            with safe_open(path, "pt") as file:
+                plain = json.loads((file.metadata() or {})["plain"])
+                names = file.keys()
+                arrays = {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise DataError(f"{path}: nothing measured can be read ({error})") from error
+        lens = None
+        if plain["places"] is not None:
+            values = {
+                norm: {name: arrays[f"lens.{norm}.{name}"].numpy() for name in MEASURES}
+                for norm in ("normed", "plain")
+            }
+            lens = LogitLens(places=tuple(Place(**each) for each in plain["places"]), **values)
+
+        def losses(name: str) -> Nats | None:
+            return arrays[name].double().numpy() if name in arrays else None
+
+        return cls(
+            scores=plain["scores"],
+            traces=[GateTrace(**trace) for trace in plain["traces"]],
+            highest=plain["highest"],
+            lowest=plain["lowest"],
+            lens=lens,
+            losses_T=losses("losses"),
+            losses_off_T=losses("losses_off"),
+            states_AID=arrays["states"].float() if "states" in arrays else None,
+            where=plain["where"],
+            addresses=_each(sharing, plain["addresses"]),
+            ablation=_each(lambda part: AblationLoss(**part), plain["ablation"]),
+            suites=plain["suites"],
+            seconds=plain["seconds"],
+        )
+
+
+def _each(make: Callable[[dict[str, Any]], Made], records: list[Any] | None) -> list[Made] | None:
+    return None if records is None else [make(record) for record in records]
+
+
+def _plain(values: list[OrderSharing] | list[AblationLoss] | None) -> list[object] | None:
+    return None if values is None else [asdict(value) for value in values]

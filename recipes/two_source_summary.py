@@ -1,0 +1,156 @@
+"""What recipes/two_source.py found, run by run, put together: summary, figure and report."""
+
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from two_source_figure import draw
+
+from engram_lm.analysis.ablation_losses import retention
+from engram_lm.analysis.analyze import assemble
+from engram_lm.analysis.findings import Analysis
+from engram_lm.analysis.material import Material
+from engram_lm.analysis.measured import Measured
+from engram_lm.analysis.report import write_report
+from engram_lm.evaluate.suites.two_source import TwoSource
+from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.studies.record import Record
+from engram_lm.train.provenance import machine
+
+OWN, OTHER = "Engram", "MoE"
+
+
+def summarise(
+    results: Path,
+    material: Material,
+    canonical: CanonicalMap,
+    seeds: list[int],
+    world: TwoSource,
+    out: Path,
+) -> dict[str, float]:
+    """Reads ARM-SEED.json and .safetensors of both arms and all seeds; writes results.json, its
+    figure, and out/report."""
+    record = Record(results.name)
+    runs = {
+        arm: [json.loads((results / f"{arm}-{seed}.json").read_text()) for seed in seeds]
+        for arm in (OWN, OTHER)
+    }
+    found = {
+        arm: [Measured.load(results / f"{arm}-{seed}.safetensors") for seed in seeds]
+        for arm in (OWN, OTHER)
+    }
+    analysis = assemble(found, material, canonical.ids_V.numpy(), material.counts(canonical, 3))
+    by_seed = [
+        {**own["asked"], **other["asked"]} for own, other in zip(*runs.values(), strict=True)
+    ]
+    flat = {
+        "seeds": len(seeds),
+        "tokens": runs[OWN][0]["tokens"],
+        "entities": world.entities,
+        "chance": world.chance,
+        **asked(by_seed, world.chance),
+        **layers(analysis, found),
+        **gates(analysis),
+        **parts(analysis),
+    }
+    record.write(flat, {"runs": runs, "asked": by_seed, "analysis": plain(analysis)}, seeds=seeds)
+    draw(flat, record.path)
+    command = "$ python recipes/two_source.py"
+    write_report(out / "report", analysis, command=command, about=machine())
+    return flat
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation over seeds; 0 with one."""
+    return {
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+    }
+
+
+def asked(by_seed: list[dict[str, dict[str, float]]], chance: float) -> dict[str, float]:
+    """Share of right answers with every switch; what is retained, raw and above chance."""
+    values: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        plain_name = name.replace(", ", "_").replace(" ", "_").replace("/", "_")
+        values.setdefault(plain_name, []).append(value)
+
+    for seed in by_seed:
+        for name, kinds in seed.items():
+            whole = seed[name.split(", ")[0]]
+            for kind, score in kinds.items():
+                add(f"{name} {kind}", score)
+                if ", " in name and whole[kind] > chance:
+                    add(f"{name} {kind} retained", retention(score, whole[kind]))
+                    add(f"{name} {kind} above chance", retention(score, whole[kind], chance))
+    return {
+        f"{name}_{what}": number
+        for name, each in values.items()
+        if len(each) == len(by_seed)  # a score at chance in one seed retains nothing there
+        for what, number in spread(each).items()
+    }
+
+
+def layers(analysis: Analysis, found: dict[str, list[Measured]]) -> dict[str, float]:
+    """LogitLens and alignment, seed by seed: areas over blocks but the last, and how far the index
+    lies above the null's."""
+    flat: dict[str, float] = {}
+    for measure in ("final_to_layer", "layer_to_final", "loss"):
+        areas = {
+            arm: [each.lens.of_blocks(measure)[:-1].mean() for each in checkpoints if each.lens]
+            for arm, checkpoints in found.items()
+        }
+        for arm, values in areas.items():
+            flat |= named(f"lens_{measure}_{arm}", [float(value) for value in values])
+        gaps = [float(own - other) for own, other in zip(*areas.values(), strict=True)]
+        flat |= named(f"lens_{measure}_difference", gaps)
+    aligned = analysis.alignment
+    assert aligned is not None
+    index, null = np.array(aligned.index), np.array(aligned.null_index or [[]])
+    flat |= named("alignment_index", index.mean(1).tolist())
+    if aligned.null_index:
+        flat |= named("alignment_null", null.mean(1).tolist())
+        for layer in range(index.shape[1]):
+            above = index[:, layer].mean() - null[:, layer].mean()
+            flat[f"alignment_above_null_block_{layer}"] = float(above)
+    return flat
+
+
+def gates(analysis: Analysis) -> dict[str, float]:
+    """AUROC of each gate for the ends of names and for frequent n-grams."""
+    assert analysis.gates is not None
+    flat: dict[str, float] = {}
+    for together in zip(*analysis.gates.scores, strict=True):
+        first = together[0]
+        place = f"layer_{first['layer']}_stream_{first['stream']}_order_{first['order']}"
+        for key in ("auroc_names", "auroc_frequent"):
+            known = [score[key]["mean"] for score in together if score[key] is not None]
+            if len(known) == len(together):
+                flat |= named(f"gate_{key}_{place}", known)
+    return flat
+
+
+def parts(analysis: Analysis) -> dict[str, float]:
+    """Change in loss on held-out documents without each part of the memory."""
+    assert analysis.ablation is not None
+    flat: dict[str, float] = {}
+    for together in zip(*analysis.ablation, strict=True):
+        if "head" not in together[0].name:
+            name = together[0].name.replace(" ", "_")
+            flat |= named(f"without_{name}", [part.change for part in together])
+    return flat
+
+
+def named(name: str, values: list[float]) -> dict[str, float]:
+    return {f"{name}_{what}": number for what, number in spread(values).items()}
+
+
+def plain(analysis: Analysis) -> dict[str, Any]:
+    """Everything but texts coloured by gates, which stand in the report."""
+    made = asdict(analysis)
+    made["gates"]["traces"] = []
+    return made
