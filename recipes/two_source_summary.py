@@ -15,7 +15,6 @@ from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.material import Material
 from engram_lm.analysis.measured import Measured
 from engram_lm.analysis.report import write_report
-from engram_lm.evaluate.suites.two_source import TwoSource
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.studies.record import Record
 from engram_lm.train.provenance import machine
@@ -25,11 +24,12 @@ OWN, OTHER = "Engram", "MoE"
 
 def summarise(
     results: Path,
+    out: Path,
     material: Material,
     canonical: CanonicalMap,
     seeds: list[int],
-    world: TwoSource,
-    out: Path,
+    chance: float,
+    command: str,
 ) -> dict[str, float]:
     """Reads ARM-SEED.json and .safetensors of both arms and all seeds; writes results.json, its
     figure, and out/report."""
@@ -49,17 +49,15 @@ def summarise(
     flat = {
         "seeds": len(seeds),
         "tokens": runs[OWN][0]["tokens"],
-        "entities": world.entities,
-        "chance": world.chance,
-        **asked(by_seed, world.chance),
+        "chance": chance,
+        **asked(by_seed, chance),
         **layers(analysis, found),
         **gates(analysis),
         **parts(analysis),
     }
     record.write(flat, {"runs": runs, "asked": by_seed, "analysis": plain(analysis)}, seeds=seeds)
     draw(flat, record.path)
-    command = "$ python recipes/two_source.py"
-    write_report(out / "report", analysis, command=command, about=machine())
+    write_report(out / "report", analysis, command=f"$ {command}", about=machine())
     return flat
 
 

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from engram_lm import EngramLMForCausalLM
-from engram_lm.evaluate.suites.two_source import TwoSource
 from engram_lm.model.budget import ledger
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-WORLD = TwoSource(entities=30)
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +24,20 @@ def recipe():
         sys.path.remove(str(RECIPES))
 
 
-def test_arms_are_equal_in_parameters_and_flops(recipe):
-    made = recipe.models_of(WORLD, small=False)
+@pytest.mark.parametrize("study", ["twins", "text"])
+def test_arms_are_equal_in_parameters_and_flops(recipe, study):
+    made = recipe.STUDIES[study](small=False).arms()
     moe, engram = (ledger(made[arm], 128).to_dict() for arm in recipe.ARMS)
     for name in ("p_tot", "p_act", "flops_per_token"):
         assert engram[name] == pytest.approx(moe[name], rel=0.005)
-    assert made["MoE"].memory is None and made["Engram"].vocab_size == WORLD.vocabulary
+    assert made["MoE"].memory is None and made["Engram"].memory is not None
 
 
 def test_experts_of_a_layer_are_off_and_come_back(recipe):
     torch.manual_seed(0)
-    model = EngramLMForCausalLM(recipe.models_of(WORLD, small=True)["MoE"]).eval()
-    ids = torch.randint(WORLD.vocabulary, (1, 9))
+    made = recipe.STUDIES["twins"](small=True).arms()["MoE"]
+    model = EngramLMForCausalLM(made).eval()
+    ids = torch.randint(made.vocab_size, (1, 9))
     with torch.no_grad():
         before = model(ids).logits
         with recipe.experts_off(model, 2):
@@ -46,6 +46,19 @@ def test_experts_of_a_layer_are_off_and_come_back(recipe):
         for parameter in model.model.layers[2].mlp.experts.parameters():
             parameter.zero_()
         assert torch.allclose(model(ids).logits, off, atol=1e-6)
+
+
+def test_half_of_the_text_studys_tokens_are_text_and_worlds_words_are_one_token_each(recipe):
+    study = recipe.STUDIES["text"](small=True)
+    ids = study.ids(20_000, 0)
+    own = study.tokenizer.convert_tokens_to_ids("<given>")
+    made = (ids >= own).mean()  # the separators of both are the tokenizer's
+    assert 0.45 < made < 0.5 and len(ids) == 20_001
+    (question,) = (each for each in study.questions(1) if each.kind == "trained/after")
+    assert len(question.prompt) in (4, 5) and len(question.answer) == 1
+    documents = " ".join(map(str, ids))
+    assert " ".join(map(str, question.prompt[1:])) in documents  # asked as it was told
+    assert study.ids(200, 2_000).tolist() != ids[:201].tolist()  # held-out text is other text
 
 
 def test_a_summary_retains_nothing_of_what_was_at_chance(recipe):
@@ -64,14 +77,20 @@ def test_a_summary_retains_nothing_of_what_was_at_chance(recipe):
 
 
 @pytest.mark.long
-def test_the_recipe_runs_in_small_and_goes_on_where_it_was(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("study", ["twins", "text"])
+def test_the_recipe_runs_in_small_and_goes_on_where_it_was(
+    recipe, tmp_path, monkeypatch, capsys, study
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["two_source.py", "--smoke", "--threads", "1", "--seeds", "0", "1"]
-    )
+    name = {"twins": "two_source-smoke", "text": "two_source_text-smoke"}[study]
+    command = ["two_source.py", "--smoke", "--threads", "1", "--seeds", "0", "1", "--study", study]
+    monkeypatch.setattr(sys, "argv", [*command, "--arms", "MoE"])
+    recipe.main()
+    assert not capsys.readouterr().out  # one arm says nothing of both
+    monkeypatch.setattr(sys, "argv", command)
     recipe.main()
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
-    record = json.loads(Path("results/two_source-smoke.json").read_text())
+    record = json.loads(Path(f"results/{name}.json").read_text())
     assert record["summary"] == first and first["seeds"] == 2
     assert set(record["raw"]["asked"][0]) >= {"MoE", "Engram", "Engram, memory off"}
     assert first["lens_loss_difference_mean"] == pytest.approx(
@@ -79,7 +98,7 @@ def test_the_recipe_runs_in_small_and_goes_on_where_it_was(recipe, tmp_path, mon
     )
     assert first["alignment_null_mean"] > 0
     for suffix in ("svg", "png"):
-        assert Path(f"results/two_source-smoke.{suffix}").stat().st_size > 1000
-    assert Path("runs/two_source-smoke/report/report.html").stat().st_size > 100_000
+        assert Path(f"results/{name}.{suffix}").stat().st_size > 1000
+    assert Path(f"runs/{name}/report/report.html").stat().st_size > 100_000
     recipe.main()  # nothing is trained or measured again
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first

@@ -168,10 +168,7 @@ class Analysis:
 
     def save(self, path: Path) -> None:
         """Writes JSON, aside first, then renamed. ValueError if a number is not finite."""
-        aside = path.with_suffix(".partial")
-        text = json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, indent=1)
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_plain(path, self)
 
     @classmethod
     def load(cls, path: Path) -> "Analysis":
@@ -202,6 +199,14 @@ class Analysis:
                 [AblationLoss(**part) for part in parts] for parts in made["ablation"]
             ]
         return cls(**made)
+
+
+def write_plain(path: Path, found: Any) -> None:
+    """A dataclass as JSON, aside first, then renamed. ValueError if a number is not finite."""
+    aside = path.with_suffix(".partial")
+    text = json.dumps(asdict(found), allow_nan=False, ensure_ascii=False, indent=1)
+    aside.write_text(text + "\n", encoding="utf-8")
+    os.replace(aside, path)
 
 
 def sharing(record: dict[str, Any]) -> OrderSharing:

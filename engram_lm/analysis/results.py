@@ -1,12 +1,11 @@
 """What a comparison of a MoE with its Engram twin found, as plain values: report.json."""
 
 import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from engram_lm.analysis.findings import Analysis, BandFindings, Losses
+from engram_lm.analysis.findings import Analysis, BandFindings, Losses, write_plain
 from engram_lm.analysis.from_disk import FromDisk
 from engram_lm.analysis.samples import Sample
 from engram_lm.errors import DataError
@@ -115,10 +114,7 @@ class DemoResults:
 
     def save(self, path: Path) -> None:
         """Writes JSON, aside first, then renamed. ValueError if a number is not finite."""
-        aside = path.with_suffix(".partial")
-        text = json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, indent=1)
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_plain(path, self)
 
     @classmethod
     def load(cls, path: Path) -> "DemoResults":
