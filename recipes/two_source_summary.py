@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import two_source_claims
 from two_source_figure import draw
 
 from engram_lm.analysis.ablation_losses import retention
@@ -57,6 +58,7 @@ def summarise(
     }
     record.write(flat, {"runs": runs, "asked": by_seed, "analysis": plain(analysis)}, seeds=seeds)
     draw(flat, record.path)
+    two_source_claims.draw(record.path)
     write_report(out / "report", analysis, command=f"$ {command}", about=machine())
     return flat
 

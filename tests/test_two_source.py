@@ -99,6 +99,7 @@ def test_the_recipe_runs_in_small_and_goes_on_where_it_was(
     assert first["alignment_null_mean"] > 0
     for suffix in ("svg", "png"):
         assert Path(f"results/{name}.{suffix}").stat().st_size > 1000
+        assert Path(f"results/{name}_claims.{suffix}").stat().st_size > 1000
     assert Path(f"runs/{name}/report/report.html").stat().st_size > 100_000
     recipe.main()  # nothing is trained or measured again
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first

@@ -1,0 +1,178 @@
+"""Four claims of the paper beside what recipes/two_source.py measured: ours left, theirs right.
+
+Redrawn from a record alone: python recipes/two_source_claims.py results/two_source.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from engram_lm.analysis.figures import BLUE, GRID, VERMILION, save, seeds
+
+RETAINED = {
+    "C3": 93, "RACE-M": 89, "HellaSwag": 85, "RACE-H": 84, "DROP": 81, "ARC-C": 81, "PIQA": 81,
+    "CMMLU": 78, "CruxEval": 76, "MMLU": 75, "MMLU-Pro": 72, "MBPP": 68, "BBH": 67, "GSM8K": 62,
+    "HumanEval": 58, "MGSM": 44, "TriviaQA-ZH": 44, "PopQA": 44, "MATH": 36, "TriviaQA": 29,
+}  # fmt: skip
+"""Engram-27B with its memory off, per cent of its score: figure 6 of arXiv 2601.07372."""
+FACTS, READING = ("TriviaQA", "TriviaQA-ZH", "PopQA"), ("C3", "RACE-M", "RACE-H", "DROP")
+LENS = {
+    "MoE": [
+        10.01, 9.33, 9.08, 8.59, 8.13, 7.81, 7.63, 7.52, 7.49, 7.32, 7.23, 7.41, 7.37, 7.33, 7.25,
+        6.98, 6.81, 6.44, 3.88, 3.51, 3.00, 3.07, 2.76, 2.20, 2.09, 2.11, 1.27, 0.88, 0.43,
+    ],
+    "Engram": [
+        10.33, 8.92, 8.21, 7.99, 7.76, 7.37, 7.16, 6.97, 6.92, 6.84, 6.64, 6.70, 6.66, 6.48, 6.42,
+        6.14, 6.23, 5.93, 4.88, 4.02, 3.08, 2.97, 2.49, 2.19, 1.79, 1.63, 1.11, 0.88, 0.46,
+    ],
+}  # fmt: skip
+"""KL by layer, read off the vector graphics of the paper's LogitLens figure."""
+INDEX = [
+    1.7, 1.7, 11.8, 13.0, 13.0, 12.2, 12.2, 10.8, 10.8, 12.3, 14.5, 15.9, 13.9, 12.0, 13.7, 19.0,
+    19.0, 21.2, 21.2, 24.6, 25.4, 25.5, 26.0, 26.0, 26.0, 26.0, 26.0, 26.1, 26.1, 26.1,
+]  # fmt: skip
+"""Soft alignment of Engram-27B's layers in MoE-27B's, read off likewise; the paper has no null."""
+KINDS = {
+    "trained_after": "trained, behind the name",
+    "trained_later": "trained, beyond an n-gram",
+    "given_after": "given, behind the name",
+    "given_later": "given, beyond an n-gram",
+    "unknown_after": "given, new name, behind",
+    "unknown_later": "given, new name, beyond",
+}
+LOOKS = {"Engram": (VERMILION, "s-"), "MoE": (BLUE, "o--")}
+
+
+def draw(record: Path) -> None:
+    """NAME_claims.svg and .png beside the record."""
+    read = json.loads(record.read_text())
+    flat, analysis = read["summary"], read["raw"]["analysis"]
+    figure, axes = plt.subplots(4, 2, figsize=(9.0, 13.5), layout="constrained")
+    _retained(axes[0], flat)
+    _lens(axes[1], analysis["lens"])
+    _alignment(axes[2], analysis["alignment"])
+    _gates(axes[3], flat, analysis["gates"]["scores"][0])
+    for axis in axes.flat:
+        axis.title.set_fontsize(9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{seeds(int(flat['seeds']))}, {flat['tokens'] / 1e6:.1f}M tokens an arm; "
+        "left: measured here, right: the paper's Engram-27B and MoE-27B",
+        fontsize=10,
+    )
+    save(figure, record.parent, f"{record.stem}_claims")
+    plt.close(figure)
+
+
+def _retained(axes: Any, flat: dict[str, float]) -> None:
+    own, paper = axes
+    for row, kind in enumerate(KINDS):
+        name = f"Engram_memory_off_{kind}_above_chance"
+        if f"{name}_mean" not in flat:
+            own.annotate("at chance with memory", (2, row), va="center", fontsize=8)
+            continue
+        colour = VERMILION if kind.startswith("trained") else BLUE
+        mean, sd = 100 * flat[f"{name}_mean"], 100 * flat[f"{name}_sd"]
+        own.barh(row, mean, xerr=sd, color=colour, height=0.6, error_kw={"lw": 1})
+        worst = [
+            100 * value
+            for key, value in flat.items()
+            if key.startswith("MoE_experts") and key.endswith(f"off_{kind}_above_chance_mean")
+        ]
+        if worst:
+            own.plot(min(worst), row, "k|", markersize=14)
+    own.set_yticks(range(len(KINDS)), list(KINDS.values()), fontsize=8)
+    own.set_title("retained above chance, memory off\n(line: MoE, worst layer's experts off)")
+    paper.barh(
+        range(len(RETAINED)), list(RETAINED.values()), height=0.7,
+        color=[VERMILION if name in FACTS else BLUE if name in READING else "#999999"
+               for name in RETAINED],
+    )  # fmt: skip
+    paper.set_yticks(range(len(RETAINED)), list(RETAINED), fontsize=7)
+    paper.set_title("retained, not chance-corrected\n(blue: reading, orange: facts)")
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.set_xlabel("per cent")
+        axis.set_xlim(min(0, axis.get_xlim()[0]), 112)
+
+
+def _lens(axes: Any, lenses: dict[str, Any]) -> None:
+    own, paper = axes
+    for name, (colour, line) in LOOKS.items():
+        lens = lenses[name]
+        blocks = [place for place, at in enumerate(lens["at"]) if at == "block"]
+        values = [lens["normed"]["final_to_layer"][place] for place in blocks]
+        layers = [lens["layers"][place] for place in blocks]
+        own.plot(layers, [v["mean"] for v in values], line, color=colour, ms=4, label=name)
+        bounds = np.array([(v["low"], v["high"]) for v in values], dtype=float)
+        own.fill_between(layers, *bounds.T, color=colour, alpha=0.2, linewidth=0)
+        paper.plot(range(len(LENS[name])), LENS[name], line, color=colour, ms=3, label=name)
+    own.set_title("KL(final ‖ block), final norm; 95 % over texts and seeds")
+    paper.set_title("KL by layer (direction and norm not stated)")
+    _by_layer(axes, "nats")
+
+
+def _alignment(axes: Any, found: dict[str, Any]) -> None:
+    own, paper = axes
+    drawn = {"Engram in MoE": (found["index"], LOOKS["Engram"])}
+    if found["null_index"]:
+        drawn["null: two seeds of MoE"] = (found["null_index"], LOOKS["MoE"])
+    for label, (pairs, (colour, line)) in drawn.items():
+        values = np.array(pairs)
+        places = range(values.shape[1])
+        own.plot(places, values.mean(0), line, color=colour, ms=4, label=label)
+        own.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+    colour, line = LOOKS["Engram"]
+    paper.plot(range(len(INDEX)), INDEX, line, color=colour, ms=3, label="Engram in MoE")
+    for axis, layers in ((own, len(found["index"][0])), (paper, len(INDEX))):
+        axis.plot([0, layers - 1], [0, layers - 1], color=GRID)
+    own.set_title("soft alignment; range over pairs of seeds")
+    paper.set_title("soft alignment (no null)")
+    _by_layer(axes, "index")
+
+
+def _gates(axes: Any, flat: dict[str, float], scores: list[dict[str, Any]]) -> None:
+    own, paper = axes
+    labels = []
+    for row, score in enumerate(scores):
+        place = f"layer_{score['layer']}_stream_{score['stream']}_order_{score['order']}"
+        labels.append(place.replace("_", " "))
+        for shift, (key, colour) in enumerate((("names", VERMILION), ("frequent", BLUE))):
+            name = f"gate_auroc_{key}_{place}"
+            if f"{name}_mean" in flat:
+                own.errorbar(
+                    flat[f"{name}_mean"], row + 0.2 * shift, xerr=flat[f"{name}_sd"], fmt="s",
+                    color=colour, ms=4, label=key if row == 0 else None,
+                )  # fmt: skip
+    own.axvline(0.5, color=GRID)
+    own.set_xlim(0, 1)
+    own.set_yticks(range(len(labels)), labels, fontsize=8)
+    own.invert_yaxis()
+    own.set_title("AUROC of gates for ends of names, frequent n-grams")
+    own.legend(frameon=False, fontsize=8)
+    paper.axis("off")
+    paper.text(
+        0, 0.6, "Eight gates of Engram-27B in figure 7,\nchosen by hand as those most correlated\n"
+        "with pattern matching; no number given.", fontsize=10,
+    )  # fmt: skip
+
+
+def _by_layer(axes: Any, label: str) -> None:
+    axis: Axes
+    for axis in axes:
+        axis.set_xlabel("block")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, fontsize=8)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]))
