@@ -1,7 +1,7 @@
 """Facts that were trained and facts in the context: what is left of each when memory is off.
 
     python recipes/two_source.py                         # the demo's twins
-    python recipes/two_source.py --study text            # a pair of 10M parameters, with WordNet
+    python recipes/two_source.py --study text            # a pair of 8M parameters, with WordNet
     python recipes/two_source.py --seeds 1 --arms MoE    # one run; another sitting does another
 
 A MoE and an Engram model of equal parameters and FLOPs (two_source_studies.py) are trained from

@@ -111,7 +111,7 @@ class _Said(TwoSource):
 
 
 class Text(Twins):
-    """A pair of 10M parameters in all that reads WordNet as well: half of all tokens. The world's
+    """A pair of 8M parameters in all that reads WordNet as well: half of all tokens. The world's
     words are tokens beside the corpus's own."""
 
     name = "two_source_text"
@@ -127,8 +127,8 @@ class Text(Twins):
         return tokenizer
 
     def moe(self) -> EngramLMConfig:
-        sizes = {"hidden_size": 160, "num_hidden_layers": 4 if self.small else 8}
-        return configure(preset("nano-moe"), {**sizes, "mlp_layer_types": None})
+        layers = 4 if self.small else 8
+        return configure(preset("nano-moe"), {"num_hidden_layers": layers, "mlp_layer_types": None})
 
     def documents(self, seed: int) -> Iterator[list[int]]:
         words, told = self.world.words(), [0, 0]

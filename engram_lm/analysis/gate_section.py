@@ -4,14 +4,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from engram_lm.analysis import part_figures
 from engram_lm.analysis.escape import escape
 from engram_lm.analysis.findings import Analysis, Estimate, GateFindings, GateScore, NgramGate
 from engram_lm.analysis.gate_scores import FREQUENT, TIMES
-from engram_lm.analysis.page import section, table
+from engram_lm.analysis.page import figure, section, table
 from engram_lm.analysis.token_html import CHANGE, choices, coloured, visible
 
 
-def gate_section(found: Analysis, _directory: Path) -> str:
+def gate_section(found: Analysis, directory: Path) -> str:
     """Coloured texts, scores, and n-grams ranked."""
     gates = found.gates
     assert gates is not None
@@ -36,6 +37,12 @@ def gate_section(found: Analysis, _directory: Path) -> str:
         brackets="95 % of bootstraps over windows; one seed"
         if len(gates.scores) == 1
         else f"lowest and highest of {len(gates.scores)} seeds",
+        figure=figure(
+            part_figures.auroc_dots(gates.scores),
+            directory,
+            "gates",
+            "AUROCs; numbers in the table",
+        ),
         scores=_scores(gates),
         ranked=f'<div class="figures">{_ranked("highest", gates.highest)}'
         f"{_ranked('lowest', gates.lowest)}</div>",

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from engram_lm.analysis.ablation_losses import AblationLoss
 from engram_lm.analysis.figures import BLUE, GRID, INK, STYLE, VERMILION, blank, minus
+from engram_lm.analysis.findings import GateScore
 from engram_lm.analysis.row_sharing import OrderSharing
 
 
@@ -67,4 +68,51 @@ def sharing_dots(orders: Sequence[OrderSharing]) -> Figure:
         axes.set_xlabel("expected share of n-grams that share a row")
         axes.set_ylabel("counted")
         axes.legend(frameon=False, loc="upper left")
+        return figure
+
+
+def auroc_dots(by_checkpoint: Sequence[Sequence[GateScore]]) -> Figure:
+    """What each gate tells apart, 0 to 1; whiskers: over windows with one checkpoint, the range
+    over checkpoints with several."""
+    with matplotlib.rc_context(STYLE):
+        gates = list(zip(*by_checkpoint, strict=True))
+        figure, axes = blank(height=1.2 + 0.4 * len(gates))
+        axes.axvline(0.5, color=INK, linewidth=1)
+        for row, together in enumerate(gates):
+            for name, shift, marker, colour in (
+                ("auroc_names", -0.15, "s", VERMILION),
+                ("auroc_frequent", 0.15, "o", BLUE),
+            ):
+                known = [value for score in together if (value := score[name]) is not None]
+                if not known:
+                    continue
+                means = [value["mean"] for value in known]
+                low, high = min(means), max(means)
+                if len(known) == 1:
+                    low, high = known[0]["low"], known[0]["high"]
+                label = name.removeprefix("auroc_") if row == 0 else None
+                axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=1.4)
+                axes.plot(
+                    np.mean(means),
+                    row + shift,
+                    marker,
+                    color=colour,
+                    markersize=4.5,
+                    label=label,
+                )
+        first = [together[0] for together in gates]
+        axes.set_yticks(
+            range(len(first)),
+            [
+                f"layer {each['layer']}, stream {each['stream'] + 1},\n{each['order']}-gram"
+                for each in first
+            ],
+        )
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
+        axes.set_xlabel("AUROC of the gate: ends of names, frequent n-grams")
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside upper left", ncols=2, frameon=False)
         return figure
