@@ -31,12 +31,13 @@ import numpy as np
 import torch
 import two_source_summary
 from rich.console import Console
-from two_source_studies import STUDIES, Twins
+from two_source_studies import HELD_OUT, STUDIES, Twins
 
 from engram_lm import CanonicalMap, EngramLMForCausalLM
 from engram_lm.analysis import ablation
 from engram_lm.analysis.analyze import OF_ALL, PARTS
 from engram_lm.analysis.measure import measure
+from engram_lm.errors import DataError
 from engram_lm.evaluate.answers import Question, answers
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
@@ -47,6 +48,7 @@ from engram_lm.train.turns import train
 
 ARMS = ("Engram", "MoE")
 MAX_ORDER = 3
+SMOKE_TOKENS = 1_024
 STATES = 384
 """Hidden states of each layer that are kept for CKA: 6 batches of 64."""
 
@@ -107,7 +109,7 @@ def run(study: Twins, arm: str, training: Continuous, config: TrainConfig, out: 
         config,
         out / str(config.seed) / arm.lower(),
         training=training,
-        validation=stream(study, config.validation_tokens, config.seed + 1_000),
+        validation=stream(study, config.validation_tokens, HELD_OUT + 10 + config.seed),
     )
     train([trained], [f"{arm}, seed {config.seed}"])
     trained.close()
@@ -118,19 +120,21 @@ def measured(study: Twins, trained: Run, arm: str, training: Continuous, out: Pa
     """Leaves ARM-SEED.json and ARM-SEED.safetensors in `out`."""
     number, seed = 40 if study.small else 1_000, trained.config.seed
     read = study.material(training.ids_T, number // 4)
+    canonical = CanonicalMap.from_tokenizer(study.tokenizer)
     found = measure(
         trained.model,
         study.tokenizer,
         read,
-        read.counts(CanonicalMap.from_tokenizer(study.tokenizer), MAX_ORDER),
+        canonical.ids_V.numpy(),
+        read.counts(canonical, MAX_ORDER),
         PARTS if arm == "Engram" else OF_ALL,
-        traced=seed == 0,
     )
     assert found.states_AID is not None
     found.states_AID = found.states_AID[:, :STATES]
     out.mkdir(parents=True, exist_ok=True)
     found.save(out / f"{arm}-{seed}.safetensors")
     record = {
+        "questions": number,
         "asked": asked(arm, trained.model, study.questions(number)),
         "training_seconds": trained.seconds,
         "tokens": trained.config.steps * trained.config.batch * trained.config.context,
@@ -141,6 +145,17 @@ def measured(study: Twins, trained: Run, arm: str, training: Continuous, out: Pa
     aside = out / f"{arm}-{seed}.partial"
     aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     aside.rename(out / f"{arm}-{seed}.json")
+
+
+def done(path: Path, config: TrainConfig) -> bool:
+    """Whether a run of these tokens was measured. DataError where one of others was."""
+    if not path.exists():
+        return False
+    wanted = config.steps * config.batch * config.context
+    found = json.loads(path.read_text())["tokens"]
+    if found != wanted:
+        raise DataError(f"{path}: a run of {found:,} tokens, not {wanted:,}; move it away")
+    return True
 
 
 def main() -> None:
@@ -159,11 +174,11 @@ def main() -> None:
     name = f"{study.name}-smoke" if arguments.smoke else study.name
     sizes: dict[str, int] = {"batch": 16, "evaluate_every": 200, "checkpoint_every": 200}
     if arguments.smoke:
-        sizes = {"tokens": 1_024, "batch": 4, "validation_tokens": 512}
+        sizes = {"tokens": SMOKE_TOKENS, "batch": 4, "validation_tokens": 512}
     results, out, console = Path("results") / name, Path("runs") / name, Console(stderr=True)
     for seed in arguments.seeds:
         config = TrainConfig(**{"tokens": arguments.tokens, **sizes, "seed": seed})
-        left = [arm for arm in arguments.arms if not (results / f"{arm}-{seed}.json").exists()]
+        left = [arm for arm in arguments.arms if not done(results / f"{arm}-{seed}.json", config)]
         training = stream(study, config.tokens, seed) if left else None
         for arm in arguments.arms:
             if arm not in left or training is None:
@@ -176,11 +191,10 @@ def main() -> None:
     if missing:
         console.print(f"not measured yet: {', '.join(missing)}")
         return
-    read = study.material(study.ids(config.tokens, arguments.seeds[0]), 0)
-    canonical = CanonicalMap.from_tokenizer(study.tokenizer)
+    read = study.material(np.zeros(0, dtype=np.int64), 0)
     command = f"python recipes/two_source.py --study {arguments.study}"
     flat = two_source_summary.summarise(
-        results, out, read, canonical, arguments.seeds, study.world.chance, command
+        results, out, read, MAX_ORDER, arguments.seeds, study.world.chance, command
     )
     print(json.dumps(flat))
 

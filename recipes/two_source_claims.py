@@ -34,12 +34,14 @@ LENS = {
         6.14, 6.23, 5.93, 4.88, 4.02, 3.08, 2.97, 2.49, 2.19, 1.79, 1.63, 1.11, 0.88, 0.46,
     ],
 }  # fmt: skip
-"""KL by layer, read off the vector graphics of the paper's LogitLens figure."""
+"""KL by layer, read off the vector graphics of the paper's LogitLens figure; how it counts layers
+is not stated."""
 INDEX = [
     1.7, 1.7, 11.8, 13.0, 13.0, 12.2, 12.2, 10.8, 10.8, 12.3, 14.5, 15.9, 13.9, 12.0, 13.7, 19.0,
     19.0, 21.2, 21.2, 24.6, 25.4, 25.5, 26.0, 26.0, 26.0, 26.0, 26.0, 26.1, 26.1, 26.1,
 ]  # fmt: skip
-"""Soft alignment of Engram-27B's layers in MoE-27B's, read off likewise; the paper has no null."""
+"""Soft alignment of Engram-27B's layers in MoE-27B's, read off likewise: 0 seems to be the
+embeddings, i the output of block i counted from one. The paper has no null."""
 KINDS = {
     "trained_after": "trained, behind the name",
     "trained_later": "trained, beyond an n-gram",
@@ -80,8 +82,10 @@ def _retained(axes: Any, flat: dict[str, float]) -> None:
             own.annotate("at chance with memory", (2, row), va="center", fontsize=8)
             continue
         colour = VERMILION if kind.startswith("trained") else BLUE
-        mean, sd = 100 * flat[f"{name}_mean"], 100 * flat[f"{name}_sd"]
+        mean, sd = 100 * flat[f"{name}_mean"], 100 * flat.get(f"{name}_sd", 0.0)
         own.barh(row, mean, xerr=sd, color=colour, height=0.6, error_kw={"lw": 1})
+        raw = 100 * flat[f"Engram_memory_off_{kind}_retained_mean"]
+        own.plot(raw, row, "D", color="white", markeredgecolor="black", markersize=5)
         worst = [
             100 * value
             for key, value in flat.items()
@@ -90,7 +94,10 @@ def _retained(axes: Any, flat: dict[str, float]) -> None:
         if worst:
             own.plot(min(worst), row, "k|", markersize=14)
     own.set_yticks(range(len(KINDS)), list(KINDS.values()), fontsize=8)
-    own.set_title("retained above chance, memory off\n(line: MoE, worst layer's experts off)")
+    own.set_title(
+        "retained above chance, memory off\n"
+        "(diamond: not chance-corrected; line: MoE, worst layer's experts off)"
+    )
     paper.barh(
         range(len(RETAINED)), list(RETAINED.values()), height=0.7,
         color=[VERMILION if name in FACTS else BLUE if name in READING else "#999999"
@@ -149,9 +156,14 @@ def _gates(axes: Any, flat: dict[str, float], scores: list[dict[str, Any]]) -> N
             name = f"gate_auroc_{key}_{place}"
             if f"{name}_mean" in flat:
                 own.errorbar(
-                    flat[f"{name}_mean"], row + 0.2 * shift, xerr=flat[f"{name}_sd"], fmt="s",
-                    color=colour, ms=4, label=key if row == 0 else None,
-                )  # fmt: skip
+                    flat[f"{name}_mean"],
+                    row + 0.2 * shift,
+                    xerr=flat.get(f"{name}_sd", 0.0),
+                    fmt="s",
+                    color=colour,
+                    ms=4,
+                    label=key if row == 0 else None,
+                )
     own.axvline(0.5, color=GRID)
     own.set_xlim(0, 1)
     own.set_yticks(range(len(labels)), labels, fontsize=8)
@@ -168,7 +180,9 @@ def _gates(axes: Any, flat: dict[str, float], scores: list[dict[str, Any]]) -> N
 def _by_layer(axes: Any, label: str) -> None:
     axis: Axes
     for axis in axes:
-        axis.set_xlabel("block")
+        axis.set_xlabel(
+            "after block (from zero)" if axis is axes[0] else "as in the paper's figure"
+        )
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, fontsize=8)

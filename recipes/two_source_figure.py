@@ -38,7 +38,7 @@ def draw(flat: dict[str, float], record: Path) -> None:
             [at + (place - 1) * width for at in range(len(KINDS))],
             [flat[f"{arm}_{kind}_mean"] for kind in KINDS],
             width * 0.94,
-            yerr=[flat[f"{arm}_{kind}_sd"] for kind in KINDS],
+            yerr=[flat.get(f"{arm}_{kind}_sd", 0.0) for kind in KINDS],
             color=colour,
             label=label,
             error_kw={"lw": 1},

@@ -90,6 +90,8 @@ class Twins:
             text="held-out documents",
             ids_T=ids_T,
             bytes_T=np.ones(len(ids_T), dtype=np.int64),
+            starts_T=ids_T == self.tokenizer.bos_token_id,
+            names="every name of the world has two tokens or three",
             names_T=np.array([words[token].startswith("last") for token in ids_T]),
             corpus="the training documents",
             corpus_C=training_T.astype(np.int64),

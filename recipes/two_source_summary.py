@@ -16,7 +16,6 @@ from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.material import Material
 from engram_lm.analysis.measured import Measured
 from engram_lm.analysis.report import write_report
-from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.studies.record import Record
 from engram_lm.train.provenance import machine
 
@@ -27,7 +26,7 @@ def summarise(
     results: Path,
     out: Path,
     material: Material,
-    canonical: CanonicalMap,
+    max_order: int,
     seeds: list[int],
     chance: float,
     command: str,
@@ -43,7 +42,7 @@ def summarise(
         arm: [Measured.load(results / f"{arm}-{seed}.safetensors") for seed in seeds]
         for arm in (OWN, OTHER)
     }
-    analysis = assemble(found, material, canonical.ids_V.numpy(), material.counts(canonical, 3))
+    analysis = assemble(found, material, list(range(2, max_order + 1)))
     by_seed = [
         {**own["asked"], **other["asked"]} for own, other in zip(*runs.values(), strict=True)
     ]
@@ -51,7 +50,7 @@ def summarise(
         "seeds": len(seeds),
         "tokens": runs[OWN][0]["tokens"],
         "chance": chance,
-        **asked(by_seed, chance),
+        **asked(by_seed, chance, runs[OWN][0]["questions"]),
         **layers(analysis, found),
         **gates(analysis),
         **parts(analysis),
@@ -64,27 +63,29 @@ def summarise(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Mean and standard deviation over seeds; 0 with one."""
-    return {
-        "mean": statistics.mean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-    }
+    """Mean and, of several seeds, their standard deviation."""
+    found = {"mean": statistics.mean(values)}
+    return {**found, "sd": statistics.stdev(values)} if len(values) > 1 else found
 
 
-def asked(by_seed: list[dict[str, dict[str, float]]], chance: float) -> dict[str, float]:
-    """Share of right answers with every switch; what is retained, raw and above chance."""
+def asked(
+    by_seed: list[dict[str, dict[str, float]]], chance: float, number: int
+) -> dict[str, float]:
+    """Share of right answers with every switch, to so many questions of each kind; what is
+    retained, raw and above chance, of what is 4 standard errors of a guess above chance."""
     values: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
         plain_name = name.replace(", ", "_").replace(" ", "_").replace("/", "_")
         values.setdefault(plain_name, []).append(value)
 
+    told = chance + 4 * (chance * (1 - chance) / number) ** 0.5
     for seed in by_seed:
         for name, kinds in seed.items():
             whole = seed[name.split(", ")[0]]
             for kind, score in kinds.items():
                 add(f"{name} {kind}", score)
-                if ", " in name and whole[kind] > chance:
+                if ", " in name and whole[kind] > told:
                     add(f"{name} {kind} retained", retention(score, whole[kind]))
                     add(f"{name} {kind} above chance", retention(score, whole[kind], chance))
     return {
@@ -110,13 +111,14 @@ def layers(analysis: Analysis, found: dict[str, list[Measured]]) -> dict[str, fl
         flat |= named(f"lens_{measure}_difference", gaps)
     aligned = analysis.alignment
     assert aligned is not None
-    index, null = np.array(aligned.index), np.array(aligned.null_index or [[]])
-    flat |= named("alignment_index", index.mean(1).tolist())
-    if aligned.null_index:
-        flat |= named("alignment_null", null.mean(1).tolist())
-        for layer in range(index.shape[1]):
-            above = index[:, layer].mean() - null[:, layer].mean()
-            flat[f"alignment_above_null_block_{layer}"] = float(above)
+    # Pairs share checkpoints: of the index, those of one Engram seed are one value.
+    index = np.array(aligned.index).reshape(len(found[OTHER]), len(found[OWN]), -1).mean(0)
+    for layer in range(index.shape[1]):
+        flat |= named(f"alignment_index_block_{layer}", index[:, layer].tolist())
+        if aligned.null_index:
+            null = [pair[layer] for pair in aligned.null_index]
+            flat[f"alignment_null_block_{layer}_low"] = min(null)
+            flat[f"alignment_null_block_{layer}_high"] = max(null)
     return flat
 
 

@@ -346,7 +346,7 @@ def test_the_report_is_well_formed_and_loads_nothing(page):
     balance.feed(html)
     balance.close()
     assert balance.open == []
-    assert balance.tags.count("script") == 1 and balance.tags.count("svg") == 19
+    assert balance.tags.count("script") == 1 and balance.tags.count("svg") == 21
     assert not re.search(r"https?:|url\((?!#)|@import|<link|<iframe|\x00", html)
     assert html.count("&lt;script&gt;alert(") >= len(PROMPTS)
 
@@ -363,7 +363,7 @@ def test_the_report_shows_every_arm_sentence_number_and_figure(page, results):
     assert html.count('class="tokens"') == html.count('class="tokens change"') == len(SENTENCES)
     assert html.count('type="radio"') == 2 + 2 * 4
     drawn = sorted(path.name for path in (page.parent / "figures").iterdir())
-    assert len(drawn) == 38 and all(name.endswith((".png", ".svg")) for name in drawn)
+    assert len(drawn) == 42 and all(name.endswith((".png", ".svg")) for name in drawn)
 
 
 def test_results_survive_their_json_file(page, results, tmp_path):

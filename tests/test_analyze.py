@@ -4,11 +4,13 @@ import contextlib
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from families import bare, memory, speak
+from rich.console import Console
 from test_analysis import HOSTILE, Balance, build, hooks
 
 import engram_lm
@@ -16,12 +18,13 @@ from engram_lm import corpus
 from engram_lm.analysis import alignment
 from engram_lm.analysis.analyze import DEFAULT, OF_ALL, PARTS, Subject, analyze, assemble
 from engram_lm.analysis.auroc import auroc, auroc_interval
-from engram_lm.analysis.band_findings import band_findings, error, paired, seeds_by_band
+from engram_lm.analysis.band_findings import band_findings, error, seeds_by_band
 from engram_lm.analysis.bands import BANDS
-from engram_lm.analysis.bootstrap import interval, interval_over_seeds
+from engram_lm.analysis.bootstrap import interval, interval_over_seeds, retained_interval
 from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.gate_scores import gate_scores, ranked
 from engram_lm.analysis.gates import gate_trace, stream_gates
+from engram_lm.analysis.logit_lens import logit_lens
 from engram_lm.analysis.material import Material, Sizes, encoded, name_ends, read, stream, wordnet
 from engram_lm.analysis.measure import measure
 from engram_lm.analysis.measured import Measured
@@ -29,12 +32,16 @@ from engram_lm.analysis.report import verdict, write_report
 from engram_lm.analysis.suite_ablation import WHOLE, suite_ablation
 from engram_lm.analysis.token_html import coloured
 from engram_lm.cli import main
+from engram_lm.cli.analysis_tables import show
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.suite_scores import SuiteScore, suite_scores
 from engram_lm.evaluate.suites.mqar import Induction
+from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
+from engram_lm.model.presets import configure
 
+ALONE = tuple(part for part in PARTS if part != "alignment")
 SENTENCES = ("New York is a city.", "世界 👩🏽‍🚀!", HOSTILE, "word " * 300)
 
 
@@ -253,17 +260,22 @@ def test_a_token_says_its_rows_and_who_else_reads_them(found):
 def test_bands_of_several_checkpoints_have_errors_over_them():
     losses = np.array([[1.0, 2.0, 6.0, 8.0], [2.0, 4.0, 7.0, 9.0]])
     bands = np.array([0, 0, 1, -1], dtype=np.int8)
-    rows = seeds_by_band(losses, bands)
+    rows = seeds_by_band(losses, np.stack([bands, bands]))
     assert [row["mean"] for row in rows] == [2.25, 6.5, None, None]
     assert rows[0]["standard_error"] == pytest.approx(0.75)  # of 1.5 and 3
-    assert seeds_by_band(losses[:1], bands)[0]["standard_error"] == pytest.approx(0.5)
-    assert (paired(losses, losses - 1) == 1).all() and paired(losses, losses[:1]).shape == (1, 4)
+    assert seeds_by_band(losses[:1], bands[None])[0]["standard_error"] == pytest.approx(0.5)
+    # Each checkpoint's tokens are in the bands of what it was trained on.
+    apart = np.stack([bands, np.array([1, 0, 1, 1], dtype=np.int8)])
+    assert [row["mean"] for row in seeds_by_band(losses, apart)][:2] == [2.75, 6.0]
     assert error(losses, 2) == pytest.approx(abs(5.5 - 4.25) / 2)
     assert error(losses[:1], 2) == pytest.approx((7 - 1.5) / 2)
-    made = band_findings({"a": losses, "b": losses[:1]}, [2], [bands], text_bytes=10, context=2)
+    made = band_findings(
+        {"a": losses, "b": losses - [[1.0], [3.0]]}, [2], apart[:, None], text_bytes=10, context=2
+    )
     assert made.difference == "a \N{MINUS SIGN} b"
-    assert made.difference_mean == pytest.approx(losses.mean() - losses[0].mean())
-    assert made.losses["b"].bpb == pytest.approx(17 / np.log(2) / 10)
+    assert made.difference_mean == pytest.approx(2)
+    assert made.difference_error == pytest.approx(1)
+    assert made.losses["a"].bpb == pytest.approx(losses.mean(0).sum() / np.log(2) / 10)
 
 
 def test_rotated_copies_align_with_themselves_and_the_null_is_of_two_seeds():
@@ -370,7 +382,15 @@ def test_what_was_measured_survives_its_file_and_makes_the_same_analysis(
     counts = material.counts(canonical, 3)
     measured = {
         each.name: [
-            measure(model, tokenizer, material, counts, parts, traced=number == 0)
+            measure(
+                model,
+                tokenizer,
+                material,
+                canonical.ids_V.numpy(),
+                counts,
+                parts,
+                traced=number == 0,
+            )
             for number, model in enumerate(each.models)
         ]
         for each, parts in ((subject, PARTS), (other, OF_ALL))
@@ -383,7 +403,7 @@ def test_what_was_measured_survives_its_file_and_makes_the_same_analysis(
             again.setdefault(name, []).append(Measured.load(path))
             assert torch.equal(again[name][-1].states_AID, checkpoint.states_AID.half().float())
             again[name][-1].states_AID = checkpoint.states_AID
-    made = assemble(again, material, canonical.ids_V.numpy(), counts)
+    made = assemble(again, material, [2, 3])
     assert {**vars(made), "seconds": 0} == {**vars(found), "seconds": 0}
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(DataError, match=r"bad\.safetensors: nothing measured"):
@@ -404,7 +424,7 @@ def test_analysing_changes_nothing_and_leaves_no_hook(subject, tokenizer, materi
     model = subject.models[0].train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     count = hooks(model)
-    analyze(Subject(name="m", models=[model]), tokenizer, material, parts=PARTS)
+    analyze(Subject(name="m", models=[model]), tokenizer, material, parts=ALONE)
     assert model.training and hooks(model) == count
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     for part in (*DEFAULT, "ablation", "suites"):
@@ -439,9 +459,78 @@ def test_disk_tables_and_attached_models_are_analysed_alike(
     assert made.gates is not None and made.addresses and made.lens is not None
 
 
+def test_documents_are_kept_apart_for_a_model_trained_so(canonical, tokenizer, material):
+    model = build(canonical).eval()
+    crossing = analyze(Subject(name="m", models=[model]), tokenizer, material, parts=["bands"])
+    assert not crossing.apart
+    rule = {"memory.specification.boundary_rule": "document"}
+    apart = type(model)(configure(model.config, rule))
+    apart.set_canonical_map(canonical)
+    with torch.no_grad():
+        for weight, same in zip(apart.parameters(), model.parameters(), strict=True):
+            weight.copy_(same)
+    made = analyze(
+        Subject(name="m", models=[apart]), tokenizer, material, parts=(*DEFAULT, "ablation")
+    )
+    assert made.apart
+    ids_T = material.stream_T
+    starts_T = ids_T == 0
+    losses = token_losses(apart, ids_T, context=64, batch=4, starts_T=starts_T)
+    assert made.bands.losses["m"].loss == pytest.approx(losses.mean(dtype=float), rel=1e-6)
+    assert made.bands.losses["m"].loss != crossing.bands.losses["m"].loss
+    # In a band is what has a whole bigram of its own document before it.
+    begins = [at for at in range(len(ids_T) - 1) if at % 64 == 0 or starts_T[at]]
+    tokens = sum(row["tokens"] for row in made.bands.losses["m"].bands[0])
+    assert tokens == len(ids_T) - 1 - len(begins)
+    lens = made.lens["m"]
+    windows = replace(material, apart=True)
+    direct = logit_lens(apart, windows.windows_NT, positions_NT=windows.positions_NT)
+    assert [each["mean"] for each in lens.normed["loss"]] == pytest.approx(
+        direct.normed["loss"].mean(axis=1).tolist()
+    )
+
+
+def test_numbers_that_are_none_are_refused(canonical, tokenizer, material):
+    model = build(canonical)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    for part in ("lens", "bands"):
+        with pytest.raises(DataError, match="not finite numbers"):
+            analyze(Subject(name="m", models=[model]), tokenizer, material, parts=[part])
+
+
+def test_what_is_retained_has_an_interval_and_needs_a_score_above_chance():
+    drawn = np.random.default_rng(0)
+    full, part = (drawn.random(400) < 0.8).astype(float), (drawn.random(400) < 0.4).astype(float)
+    low, high = retained_interval(part, full, 0.2)
+    assert low < (part.mean() - 0.2) / (full.mean() - 0.2) < high and high - low < 0.25
+    assert retained_interval(full, full, 0.2) == pytest.approx((1, 1))
+    with pytest.raises(DataError, match="not told from chance"):
+        retained_interval(part, (drawn.random(400) < 0.21).astype(float), 0.2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a$b_{$c", "_hidden", "模型", "m[red]x", "\\frac"])
+def test_any_name_can_be_drawn(found, tmp_path, name, capsys):
+    lens = {name: found.lens["<i>Engram"], "MoE": found.lens["MoE"]}
+    bands = found.bands
+    losses = {**bands.losses, name: bands.losses["<i>Engram"]}
+    bands = replace(bands, losses=losses, difference=f"{name} - MoE")
+    changed = replace(found, name=name, lens=lens, bands=bands)
+    assert write_report(tmp_path, changed, command="x", about={}).exists()
+    show(changed, Console())
+    assert name in capsys.readouterr().out
+
+
 def test_what_cannot_be_done_is_refused_in_one_line(subject, other, tokenizer, material):
     with pytest.raises(ConfigError, match="there are gates, lens"):
         analyze(subject, tokenizer, material, parts=["gate"])
+    for name, many, said in (("x", 1, "as many checkpoints"), ("<i>Engram", 2, "both models")):
+        rival = Subject(name=name, models=other.models[:many])
+        with pytest.raises(ConfigError, match=said):
+            analyze(subject, tokenizer, material, against=rival)
+    with pytest.raises(ConfigError, match="context=9999: "):
+        analyze(subject, tokenizer, replace(material, context=9_999))
     with pytest.raises(ConfigError, match="gates: a memory is needed"):
         analyze(other, tokenizer, material, parts=["gates"])
     with pytest.raises(ConfigError, match="alignment: a model to compare with is needed"):
@@ -465,11 +554,12 @@ def test_the_report_is_well_formed_loads_nothing_and_shows_each_part(page, found
     for part in PARTS:
         assert f'<section id="{part}">' in html
     drawn = sorted(path.name for path in (page.parent / "figures").iterdir())
-    assert len(drawn) == 2 * balance.tags.count("svg") == 2 * 16
+    assert len(drawn) == 2 * balance.tags.count("svg") == 2 * 18
     assert "世" in html and "2 seeds" in html
     for band in BANDS:
         assert band in html
-    assert f"{found.ablation[0][0].change:+.1f}"[:1] in "+-"
+    mean = np.mean([parts[0].change for parts in found.ablation])
+    assert f'<td class="n">{mean:+.4f}</td>'.replace("-", "\N{MINUS SIGN}") in html
 
 
 # The command
@@ -479,14 +569,16 @@ def test_the_report_is_well_formed_loads_nothing_and_shows_each_part(page, found
 def saved(canonical, tokenizer, tmp_path_factory):
     out = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("a", "b")):
-        model = build(canonical, memory=name != "c")
+        model = build(canonical)
         torch.manual_seed(seed)
         torch.nn.init.normal_(model.lm_head.weight, std=0.1)
         model.save_pretrained(out / name / "model")
         tokenizer.save_pretrained(out / name / "model")
-    plain = build(canonical, memory=False)
-    plain.save_pretrained(out / "plain")
-    tokenizer.save_pretrained(out / "plain")
+    for number, name in enumerate(("plain", "plain1")):
+        plain = build(canonical, memory=False)
+        torch.nn.init.normal_(plain.lm_head.weight, std=0.1 + number)
+        plain.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
     (out / "text.txt").write_text("New York is a city in the United States.\n世界\n" * 60)
     return out
 
@@ -495,14 +587,16 @@ def test_analyze_writes_a_report_of_several_seeds(saved, tmp_path, capsys):
     text = str(saved / "text.txt")
     command = [
         *("analyze", str(saved / "a/model"), str(saved / "b/model")),
-        *("--against", str(saved / "plain"), "--text", text, "--corpus", text),
+        *("--against", str(saved / "plain"), str(saved / "plain1")),
+        *("--text", text, "--corpus", text),
         *("--out", str(tmp_path), "--set=analyze.context=32", "--set=analyze.tokens=640"),
     ]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "a (2 seeds): 640 tokens of text.txt" in said and "report.html" in said
     made = Analysis.load(tmp_path / "analysis.json")
-    assert (made.name, made.against, made.corpus) == ("a", "plain", "text.txt")
+    assert (made.name, made.against) == ("a", "plain")
+    assert re.fullmatch(r"text\.txt \([\d,]+ tokens\)", made.corpus)
     assert made.alignment is not None and made.ablation is None
     assert made.gates.traces[0].text == "New York is a city in the United States."
 
@@ -567,6 +661,10 @@ def test_gates_colours_any_sentence(saved, capsys):
         (["gates", "a/model", "--sentence", ""], "text=''"),
         (["analyze", "a/model", "--out", "x", "--parts=all"], "'all'"),
         (["ablation", "a/model", "--set=suites.names=mqra"], "suite 'mqra': unknown"),
+        (["bands", "a/model", "b/model", "a/model"], "named twice"),
+        (["bands", "a/model", "--out", "text.txt"], "text.txt: not a directory"),
+        (["ablation", "a/model", "--set=minimal_pairs.foo=3"], "minimal_pairs.foo: unknown"),
+        (["analyze", "a/model", "--out", "x", "--parts=gates,addresses"], "a corpus is needed"),
         (["ablation", "a/model", "--set=suites.seed=1"], "suites.names=a,b"),
         (["ablation", "a/model", "--set=suites.names=frequency_bands"], "a part of its own"),
     ],

@@ -70,13 +70,15 @@ def ablation_losses(
     context: int,
     batch: int,
     counts: Sequence[NgramCounts] = (),
+    starts_T: npt.NDArray[np.bool_] | None = None,
     heads: bool = False,
     autocast: torch.dtype | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[AblationLoss]:
     """One pass over the stream for the model as it is, and one for each ablation.
 
-    counts: of the n-grams of what the model was trained on; without them no bands.
+    counts: of the n-grams of what the model was trained on; without them no bands. starts_T: True
+    where a document starts, that sees nothing of the one before; None where documents run on.
     heads: each head alone as well. progress: told what begins. ConfigError for a model without
     memory, DataError for a stream of fewer than two whole windows.
     """
@@ -91,12 +93,14 @@ def ablation_losses(
         if progress is not None:
             progress(name)
         with made():
-            found = token_losses(model, ids_T, context=context, batch=batch, autocast=autocast)
+            found = token_losses(
+                model, ids_T, context=context, batch=batch, starts_T=starts_T, autocast=autocast
+            )
         return found.astype(np.float64)
 
     with ablation.mean_gates(model) as means:
         plain_T = losses("as it is", nullcontext)
-    by_order = [window_bands(count, canonical_T, context) for count in counts]
+    by_order = [window_bands(count, canonical_T, context, starts_T) for count in counts]
     found = []
     for name, made in parts(model, means, heads=heads).items():
         losses_T = losses(name, made)

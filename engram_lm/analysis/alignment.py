@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engram_lm.analysis.cka import CKA, NEIGHBOURS, alignment
 from engram_lm.analysis.findings import AlignmentFindings
+from engram_lm.analysis.gates import batched
 from engram_lm.analysis.material import Integers, Material
 from engram_lm.analysis.residual import watched
 from engram_lm.errors import DataError
@@ -46,6 +47,7 @@ def states(
     windows_NT: Integers,
     places_I2: Integers,
     *,
+    positions_NT: Integers | None = None,
     batch: int,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -56,8 +58,9 @@ def states(
         for first in range(0, len(windows_NT), batch):
             inside = (places_I2[:, 0] >= first) & (places_I2[:, 0] < first + batch)
             if inside.any():
-                part = torch.from_numpy(windows_NT[first : first + batch, :-1].astype(np.int64))
-                model(input_ids=part.to(model.device), use_cache=False, logits_to_keep=1)
+                part = slice(first, first + batch)
+                asked = batched(windows_NT[:, :-1], positions_NT, part, model.device)
+                model(**asked, use_cache=False, logits_to_keep=1)
                 window_I, position_I = torch.from_numpy(places_I2[inside] - [first, 0]).T
                 found.append(
                     torch.stack(
@@ -71,7 +74,10 @@ def states(
             if progress is not None:
                 progress(min(first + batch, len(windows_NT)))
     back = np.argsort(np.concatenate(order))
-    return torch.cat(found, dim=1)[:, torch.from_numpy(back)]
+    states_AID = torch.cat(found, dim=1)[:, torch.from_numpy(back)]
+    if not torch.isfinite(states_AID).all():
+        raise DataError("hidden states: some are not finite numbers")
+    return states_AID
 
 
 def compared(first_AID: Tensor, second_BID: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ part is worth and which layers of another model its own are like.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from engram_lm.analysis.ablation import memory_decoder
 from engram_lm.analysis.alignment import align
 from engram_lm.analysis.band_findings import band_findings
-from engram_lm.analysis.bands import NgramCounts, window_bands
+from engram_lm.analysis.bands import NgramCounts
 from engram_lm.analysis.findings import Analysis, GateFindings
-from engram_lm.analysis.lens_findings import lens_findings
+from engram_lm.analysis.lens_findings import lens_difference, lens_findings
 from engram_lm.analysis.material import Integers, Material
 from engram_lm.analysis.measure import Progress, measure
 from engram_lm.analysis.measured import Measured
@@ -45,22 +45,23 @@ def analyze(
     material: Material,
     *,
     against: Subject | None = None,
-    parts: Sequence[str] = DEFAULT,
+    parts: Sequence[str] | None = None,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Measures without changing a model. Parts that need a memory are left out where the subject
-    has none, and those that nothing was given for.
+    """Measures without changing a model.
 
-    against: of the same tokenizer. ConfigError for a part that there is not, or when nothing is
-    left to do; DataError where text or corpus is too short.
+    parts: of PARTS; None: the default ones, and alignment where there is something to align with,
+    without those that need a memory, a corpus or a suite that is not there. against: of the same
+    tokenizer, and as many checkpoints. Documents are kept apart for a model of ours that was
+    trained so (boundary rule "document"). ConfigError for parts that cannot be measured; DataError
+    where text or corpus is too short, or what comes out is not a number.
     """
     wanted = _wanted(parts, subject.has_memory, against is not None, material)
     both = [subject] if against is None else [subject, against]
-    for each in both:
-        sizes = {model.config.vocab_size for model in each.models}
-        if sizes != {subject.models[0].config.vocab_size}:
-            raise ConfigError(f"{each.name}: vocabularies of {sorted(sizes)} ids, not one and same")
+    _check(both, material)
+    if any(_apart(model) for each in both for model in each.models):
+        material = replace(material, apart=True)
     holder = next((each for each in both if each.has_memory), None)
     canonical_V: Integers = np.zeros(0, dtype=np.int64)
     counts: list[NgramCounts] = []
@@ -74,6 +75,7 @@ def analyze(
                 model,
                 tokenizer,
                 material,
+                canonical_V,
                 counts,
                 wanted if each is subject else [part for part in wanted if part in OF_ALL],
                 traced=number == 0,
@@ -84,17 +86,17 @@ def analyze(
         ]
         for each in both
     }
-    return assemble(found, material, canonical_V, counts)
+    return assemble(found, material, [each.order for each in counts])
 
 
 def assemble(
     found: dict[str, list[Measured]],
     material: Material,
-    canonical_V: Integers,
-    counts: Sequence[NgramCounts],
+    orders: list[int],
 ) -> Analysis:
     """Name -> what was measured of each checkpoint, on this material: the subject's first, and what
-    it is compared with, if anything, second. canonical_V: of each token id, as counts have it."""
+    it is compared with, if anything, second; as many of both, seed by seed. orders: of the n-grams
+    that were counted."""
     (name, own), *others = found.items()
     against, other = others[0] if others else (None, [])
     made: dict[str, Any] = {}
@@ -108,17 +110,18 @@ def assemble(
         )
     if own[0].lens is not None:
         made["lens"] = {each: lens_findings(_each("lens", of)) for each, of in found.items()}
+        if against is not None:
+            made["lens_difference"] = lens_difference(
+                f"{name} \N{MINUS SIGN} {against}", _each("lens", own), _each("lens", other)
+            )
     if own[0].losses_T is not None:
         losses = {each: np.stack(_each("losses_T", of)) for each, of in found.items()}
         if own[0].losses_off_T is not None:
             losses[f"{name}, memory off"] = np.stack(_each("losses_off_T", own))
         made["bands"] = band_findings(
             losses,
-            [each.order for each in counts],
-            [
-                window_bands(each, canonical_V[material.stream_T], material.context)
-                for each in counts
-            ],
+            orders,
+            np.stack(_each("bands_OT", own)),
             text_bytes=material.stream_bytes,
             context=material.context,
         )
@@ -144,32 +147,61 @@ def assemble(
         bytes=material.stream_bytes,
         corpus=material.corpus,
         context=material.context,
+        names=material.names,
+        apart=material.apart,
         seconds=seconds,
         **made,
     )
 
 
+def _check(both: Sequence[Subject], material: Material) -> None:
+    subject, *others = both
+    for each in both:
+        sizes = {model.config.vocab_size for model in each.models}
+        if sizes != {subject.models[0].config.vocab_size}:
+            raise ConfigError(f"{each.name}: vocabularies of {sorted(sizes)} ids, not one and same")
+        positions = getattr(each.models[0].config, "max_position_embeddings", material.context)
+        if positions < material.context:
+            raise ConfigError(f"context={material.context}: {each.name} has {positions} positions")
+    for other in others:
+        if len(other.models) != len(subject.models):
+            raise ConfigError(
+                f"{len(subject.models)} of {subject.name}, {len(other.models)} of {other.name}: "
+                "as many checkpoints of both are needed, seed by seed"
+            )
+        if other.name == subject.name:
+            raise ConfigError(f"{other.name}: the name of both models")
+
+
+def _apart(model: Any) -> bool:
+    """Trained on documents that see nothing of one another, as its memory's rule says."""
+    memory = getattr(model.config, "memory_config", None)
+    if memory is None or model.config.model_type != "engram_lm":
+        return False
+    return bool(memory.specification.boundary_rule == "document")
+
+
 def _wanted(
-    parts: Sequence[str], has_memory: bool, has_other: bool, material: Material
+    parts: Sequence[str] | None, has_memory: bool, has_other: bool, material: Material
 ) -> list[str]:
-    for part in parts:
-        if part not in PARTS:
-            raise ConfigError(f"parts: {part!r}; there are {', '.join(PARTS)}")
     needs = {
         "a memory": [part for part in PARTS if part not in OF_ALL and not has_memory],
         "a model to compare with": [] if has_other else ["alignment"],
         "a corpus": ["addresses"] if material.corpus_C is None else [],
         "a suite": [] if material.suites else ["suites"],
     }
-    wanted = [
-        part
-        for part in PARTS
-        if part in parts and not any(part in named for named in needs.values())
-    ]
-    if not wanted:
-        missing = [need for need, named in needs.items() if set(parts) & set(named)]
-        raise ConfigError(f"{', '.join(parts)}: {' and '.join(missing)} is needed")
-    return wanted
+    if parts is None:
+        lacking = {part for named in needs.values() for part in named}
+        return [part for part in (*DEFAULT, "alignment", "suites") if part not in lacking]
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigError(f"parts: {part!r}; there are {', '.join(PARTS)}")
+        for need, named in needs.items():
+            if part in named:
+                raise ConfigError(f"{part}: {need} is needed")
+    if not parts:
+        raise ConfigError(f"parts: none; there are {', '.join(PARTS)}")
+    return [part for part in PARTS if part in parts]
 
 
 def _each(part: str, checkpoints: Sequence[Measured]) -> list[Any]:

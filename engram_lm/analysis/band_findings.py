@@ -1,10 +1,10 @@
 """Losses of models on one text, by how often the suffix n-gram stood in a corpus.
 
-Shapes: S checkpoints, T tokens.
+Shapes: S checkpoints, O orders, T tokens.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +13,27 @@ from engram_lm.analysis.bands import BandLoss, loss_by_band
 from engram_lm.analysis.findings import BandFindings, Losses
 
 Nats = npt.NDArray[np.float64]
+Bands = npt.NDArray[np.int8]
 
 
 def band_findings(
     losses: Mapping[str, Nats],
     orders: list[int],
-    bands: Sequence[npt.NDArray[np.int8]],
+    bands_SOT: Bands,
     *,
     text_bytes: int,
     context: int,
 ) -> BandFindings:
-    """losses: name -> (S, T); the first is compared with the second, token by token. bands: one
-    (T,) an order."""
+    """losses: name -> (S, T), as many checkpoints of each; the first is compared with the second,
+    token by token and checkpoint by checkpoint. bands_SOT: in what each checkpoint was trained on.
+    """
     names = list(losses)
     other = names[1] if len(names) > 1 else None
-    difference_ST = None if other is None else paired(losses[names[0]], losses[other])
+    difference_ST = None if other is None else losses[names[0]] - losses[other]
+
+    def by_order(values_ST: Nats) -> list[list[BandLoss]]:
+        return [seeds_by_band(values_ST, bands_SOT[:, at]) for at in range(len(orders))]
+
     return BandFindings(
         orders=orders,
         losses={
@@ -35,25 +41,15 @@ def band_findings(
                 loss=float(losses_ST.mean()),
                 bpb=float(losses_ST.mean(0).sum()) / math.log(2) / text_bytes,
                 by_checkpoint=losses_ST.mean(1).tolist(),
-                bands=[seeds_by_band(losses_ST, bands_T) for bands_T in bands],
+                bands=by_order(losses_ST),
             )
             for name, losses_ST in losses.items()
         },
         difference=None if other is None else f"{names[0]} \N{MINUS SIGN} {other}",
         difference_mean=None if difference_ST is None else float(difference_ST.mean()),
         difference_error=None if difference_ST is None else error(difference_ST, context),
-        difference_bands=[]
-        if difference_ST is None
-        else [seeds_by_band(difference_ST, bands_T) for bands_T in bands],
+        difference_bands=[] if difference_ST is None else by_order(difference_ST),
     )
-
-
-def paired(first_ST: Nats, second_ST: Nats) -> Nats:
-    """Differences token by token: of the checkpoints one by one where both have as many, or else of
-    the means over checkpoints, (1, T)."""
-    if len(first_ST) == len(second_ST):
-        return first_ST - second_ST
-    return (first_ST.mean(0) - second_ST.mean(0))[None]
 
 
 def error(difference_ST: Nats, context: int) -> float:
@@ -65,15 +61,24 @@ def error(difference_ST: Nats, context: int) -> float:
     return float(means.std(ddof=1)) / math.sqrt(len(means))
 
 
-def seeds_by_band(losses_ST: Nats, bands_T: npt.NDArray[np.int8]) -> list[BandLoss]:
+def seeds_by_band(losses_ST: Nats, bands_ST: Bands) -> list[BandLoss]:
     """Means over tokens and checkpoints; the error is over tokens with one checkpoint, as if they
-    were independent, and over checkpoints with several."""
-    rows = loss_by_band(losses_ST.mean(0), bands_T)
-    if len(losses_ST) == 1:
-        return rows
-    by_seed = [loss_by_band(losses_T, bands_T) for losses_T in losses_ST]
-    for index, row in enumerate(rows):
-        means = [mean for seed in by_seed if (mean := seed[index]["mean"]) is not None]
-        if means:
-            row["standard_error"] = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    were independent, and over checkpoints with several. tokens: of the first."""
+    by_seed = [loss_by_band(*each) for each in zip(losses_ST, bands_ST, strict=True)]
+    if len(by_seed) == 1:
+        return by_seed[0]
+    rows = []
+    for together in zip(*by_seed, strict=True):
+        means = [mean for row in together if (mean := row["mean"]) is not None]
+        several = len(means) > 1
+        rows.append(
+            BandLoss(
+                band=together[0]["band"],
+                tokens=together[0]["tokens"],
+                mean=float(np.mean(means)) if means else None,
+                standard_error=float(np.std(means, ddof=1)) / math.sqrt(len(means))
+                if several
+                else None,
+            )
+        )
     return rows

@@ -69,14 +69,22 @@ def bands(counts: Integers) -> npt.NDArray[np.int8]:
 
 
 def window_bands(
-    counts: NgramCounts, canonical_T: npt.NDArray[np.integer], context: int
+    counts: NgramCounts,
+    canonical_T: npt.NDArray[np.integer],
+    context: int,
+    starts_T: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.int8]:
     """Bands of the losses that `token_losses` gives of this stream, (T - 1,): by the n-gram that
-    ends with the last token read. Where a window begins memory reads padding instead of the
-    stream's n-gram, so those positions belong to no band: -1.
+    ends with the last token read. Where a window begins, or with starts_T a document, memory reads
+    padding instead of the stream's n-gram, so those positions belong to no band: -1.
     """
     bands_T = bands(counts.of(canonical_T))[:-1]
-    bands_T[np.arange(len(bands_T)) % context < counts.order - 1] = -1
+    begins_T = np.arange(len(bands_T)) % context == 0
+    if starts_T is not None:
+        begins_T = begins_T | starts_T[: len(bands_T)]
+    places_T = np.arange(len(bands_T))
+    since_T = places_T - np.maximum.accumulate(np.where(begins_T, places_T, 0))
+    bands_T[since_T < counts.order - 1] = -1
     return bands_T
 
 

@@ -42,3 +42,27 @@ def interval_over_seeds(
     means_XR = np.einsum("s...r,rs->...r", means_SXR, seeds_RS) / seeds
     tail = (1 - COVERAGE) / 2
     return np.stack(np.quantile(means_XR, (tail, 1 - tail), axis=-1), axis=-1)
+
+
+def retained_interval(
+    part_N: npt.NDArray[np.floating],
+    full_N: npt.NDArray[np.floating],
+    chance: float = 0.0,
+    *,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Of (part - chance) / (full - chance), means over the same N questions, drawn together.
+
+    DataError where the full score is not above chance in every draw within the interval: then what
+    is retained of it is not known.
+    """
+    if interval(full_N, seed=seed)[0] <= chance:
+        raise DataError(f"full={full_N.mean():g}: not told from chance={chance:g}")
+    both_2N = np.stack([part_N, full_N]).astype(np.float64)
+    texts = both_2N.shape[1]
+    drawn_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), DRAWS)
+    part_R, full_R = both_2N @ drawn_RN.T / texts - chance
+    kept_R = (part_R / np.where(full_R > 0, full_R, np.nan)).astype(np.float64)
+    tail = (1 - COVERAGE) / 2
+    low, high = np.nanquantile(kept_R, (tail, 1 - tail))
+    return float(low), float(high)

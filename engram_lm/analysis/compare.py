@@ -10,7 +10,7 @@ from engram_lm.analysis.ablation import memory_off
 from engram_lm.analysis.analyze import PARTS, Subject, analyze
 from engram_lm.analysis.from_disk import from_disk
 from engram_lm.analysis.material import Material
-from engram_lm.analysis.measure import BATCH, Progress
+from engram_lm.analysis.measure import BATCH, Progress, silent
 from engram_lm.analysis.results import ArmResult, DemoResults, TrainingLog, Value
 from engram_lm.analysis.samples import Sample, samples
 from engram_lm.errors import ConfigError
@@ -58,13 +58,13 @@ def compare(
     if engram.model.model.addresses is None:
         raise ConfigError(f"arm {engram.name!r} has no memory: there is nothing to compare")
     started = time.perf_counter()
-    tell = progress or _silent
+    tell = progress or silent
     analysis = analyze(
         Subject(name=engram.name, models=[engram.model]),
         tokenizer,
         material,
         against=Subject(name=moe.name, models=[moe.model]),
-        parts=PARTS,
+        parts=[part for part in PARTS if part != "suites"],
         autocast=autocast,
         progress=tell,
     )
@@ -92,7 +92,3 @@ def compare(
         command=command,
         seed=seed,
     )
-
-
-def _silent(_what: str, _done: int, _of: int) -> None:
-    return None

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from engram_lm.analysis.bands import BandLoss
@@ -100,13 +101,14 @@ def throughput_bars(arms: Sequence[ArmResult]) -> Figure:
     return _bars([arm.name for arm in arms], speeds, labels, "training tokens per second")
 
 
-def band_bars(losses: dict[str, Losses], order: int, index: int) -> Figure:
-    """Loss by how often the n-gram of `order` stood in the corpus, with standard errors. Of three
-    models the first is the one compared with; the last is the one before it, with memory off."""
+def band_bars(losses: dict[str, Losses], order: int, index: int, *, against: str | None) -> Figure:
+    """Loss by how often the n-gram of `order` stood in the corpus, with standard errors: blue what
+    is compared with, orange the model, hatched the same with memory off."""
     with matplotlib.rc_context(STYLE):
         figure, axes = blank()
-        width, looks = 0.8 / len(losses), len(_FACES) - len(losses)
+        width = 0.8 / len(losses)
         for place, (name, each) in enumerate(losses.items()):
+            look = 0 if name == against else 2 if name.endswith(", memory off") else 1
             for column, row in enumerate(each.bands[index]):
                 if row["mean"] is None:
                     continue
@@ -115,11 +117,11 @@ def band_bars(losses: dict[str, Losses], order: int, index: int) -> Figure:
                     row["mean"],
                     width * 0.92,
                     yerr=row["standard_error"],
-                    color=_FACES[looks + place],
-                    edgecolor=_EDGES[looks + place],
-                    hatch=_HATCHES[looks + place],
+                    color=_FACES[look],
+                    edgecolor=_EDGES[look],
+                    hatch=_HATCHES[look],
                     error_kw={"elinewidth": 1, "capsize": 1.5, "ecolor": INK},
-                    label=name if column == _first_filled(each.bands[index]) else None,
+                    label=named(name) if column == _first_filled(each.bands[index]) else None,
                 )
         axes.set_title(f"{order}-gram before the predicted token", loc="left")
         axes.set_ylabel("loss, nats per token")
@@ -157,7 +159,7 @@ def band_differences(rows: Sequence[BandLoss], order: int, title: str) -> Figure
                 textcoords="offset points",
                 va="center",
             )
-        axes.set_title(f"{title}, by {order}-gram", loc="left")
+        axes.set_title(f"{named(title)}, by {order}-gram", loc="left")
         axes.set_ylabel("difference, nats per token")
         axes.margins(y=0.18)
         axes.set_xlim(-0.5, len(rows) - 0.1)  # room for the last number
@@ -203,7 +205,7 @@ def _bars(
         for bar, face, edge, hatch in zip(bars, _FACES, _EDGES, _HATCHES, strict=False):
             bar.set(facecolor=face, edgecolor=edge, hatch=hatch)
         axes.bar_label(bars, labels, padding=4)
-        axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
+        axes.set_yticks(range(len(names)), [named(name).replace(", ", ",\n") for name in names])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.set_xlim(0, max(values) * 1.5)  # room for the labels
@@ -263,6 +265,15 @@ def _label_ends(
 def minus(text: str) -> str:
     """With true minus signs."""
     return text.replace("-", "\u2212")
+
+
+def named(name: str) -> str:
+    """A model's name as matplotlib shows it: no formula, no hidden legend, "?" for a character that
+    its font does not have."""
+    font = get_font(findfont("DejaVu Sans"))
+    shown = "".join(each if font.get_char_index(ord(each)) else "?" for each in name)
+    shown = shown.replace("\\", "\\\\").replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def thousands(value: float, _position: int = 0) -> str:

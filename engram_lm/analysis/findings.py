@@ -83,6 +83,16 @@ class LensFindings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LensDifference:
+    """Of two models' logit lenses, text by text and checkpoint by checkpoint."""
+
+    name: str
+    """What minus what."""
+    normed: dict[str, list[Estimate]]
+    """Measure -> block."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Losses:
     """One model on the text, as it is or with a part switched off; means over checkpoints."""
 
@@ -149,8 +159,14 @@ class Analysis:
     """Of UTF-8 text, that these tokens stand for."""
     corpus: str | None
     context: int
+    names: str
+    """What counts as a name."""
+    apart: bool
+    """Documents saw nothing of one another."""
     gates: GateFindings | None = None
     lens: dict[str, LensFindings] | None = None
+    lens_difference: LensDifference | None = None
+    """None with one model, or where the two have not as many blocks."""
     bands: BandFindings | None = None
     addresses: list[OrderSharing] | None = None
     alignment: AlignmentFindings | None = None
@@ -187,6 +203,8 @@ class Analysis:
             made["gates"] = GateFindings(**{**gates, "traces": traces})
         if lens := made["lens"]:
             made["lens"] = {name: LensFindings(**each) for name, each in lens.items()}
+        if difference := made["lens_difference"]:
+            made["lens_difference"] = LensDifference(**difference)
         if bands := made["bands"]:
             losses = {name: Losses(**each) for name, each in bands["losses"].items()}
             made["bands"] = BandFindings(**{**bands, "losses": losses})

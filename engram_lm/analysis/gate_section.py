@@ -31,6 +31,7 @@ def gate_section(found: Analysis, directory: Path) -> str:
         traces="".join(coloured(trace) for trace in gates.traces),
         tokens=f"{gates.tokens:,}",
         text=escape(found.text),
+        names=escape(found.names),
         frequent=str(FREQUENT),
         times=str(TIMES),
         corpus=escape(found.corpus_named),

@@ -113,26 +113,46 @@ def stream_gates(
     model: Any,
     ids_NT: npt.NDArray[np.integer],
     *,
+    positions_NT: npt.NDArray[np.integer] | None = None,
     batch: int = 8,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Values, Values]:
     """Gates and contributions of windows of a long text: (L, N, T, S) each, as in a trace.
 
-    progress: windows so far. ConfigError for a model without memory.
+    positions_NT: that begin again with each document, where documents are apart. progress: windows
+    so far. ConfigError for a model without memory; DataError where a gate is not a number.
     """
     layers = list(memory_decoder(model).memory.addresses.layers)
     found: tuple[list[Values], list[Values]] = ([], [])
     with inference(model), watched_gates(model, layers) as kept:
         for first in range(0, len(ids_NT), batch):
-            part = torch.from_numpy(ids_NT[first : first + batch].astype(np.int64))
+            part = batched(ids_NT, positions_NT, slice(first, first + batch), model.device)
             with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
-                model(input_ids=part.to(model.device), use_cache=False, logits_to_keep=1)
+                model(**part, use_cache=False, logits_to_keep=1)
             for values, by_layer in zip(found, kept, strict=True):
                 values.append(torch.stack([by_layer[layer] for layer in layers]).numpy())
             if progress is not None:
                 progress(min(first + batch, len(ids_NT)))
-    return np.concatenate(found[0], axis=1), np.concatenate(found[1], axis=1)
+    gates, added = (np.concatenate(values, axis=1) for values in found)
+    if not np.isfinite(gates).all() or not np.isfinite(added).all():
+        raise DataError("gates: some are not finite numbers")
+    return gates, added
+
+
+def batched(
+    ids_NT: npt.NDArray[np.integer],
+    positions_NT: npt.NDArray[np.integer] | None,
+    part: slice,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What a model is called with for these windows."""
+    given = {"input_ids": ids_NT, "position_ids": positions_NT}
+    return {
+        name: torch.from_numpy(values[part].astype(np.int64)).to(device)
+        for name, values in given.items()
+        if values is not None
+    }
 
 
 def cut(text: str, offsets: list[tuple[int, int]]) -> list[str]:

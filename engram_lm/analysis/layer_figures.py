@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engram_lm.analysis.figures import BLUE, GRID, INK, STYLE, VERMILION, blank, seeds
-from engram_lm.analysis.findings import AlignmentFindings, LensFindings
+from engram_lm.analysis.figures import BLUE, GRID, INK, STYLE, VERMILION, blank, named, seeds
+from engram_lm.analysis.findings import AlignmentFindings, LensDifference, LensFindings
 
 NAMES = {
     "final_to_layer": "KL(final ‖ layer), nats",
@@ -37,7 +37,7 @@ def lens_lines(lenses: dict[str, LensFindings], measure: str, *, normed: bool) -
                 marker=marker,
                 markersize=4,
                 linewidth=1.4,
-                label=f"{name} ({seeds(lens.checkpoints)})",
+                label=f"{named(name)} ({seeds(lens.checkpoints)})",
             )
             bounds = [(values[place]["low"], values[place]["high"]) for place in blocks]
             if all(low is not None for low, _ in bounds):
@@ -62,6 +62,23 @@ def lens_lines(lenses: dict[str, LensFindings], measure: str, *, normed: bool) -
         return figure
 
 
+def lens_differences(found: LensDifference, measure: str) -> Figure:
+    """Block by block, with 95 % bands, on the same texts and seed by seed."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank()
+        values = found.normed[measure]
+        layers = range(len(values))
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.plot(layers, [each["mean"] for each in values], "s-", color=VERMILION, markersize=4)
+        if all(each["low"] is not None for each in values):
+            bounds = np.array([(each["low"], each["high"]) for each in values], dtype=np.float64)
+            axes.fill_between(layers, *bounds.T, color=VERMILION, alpha=0.2, linewidth=0)
+        axes.set_title(f"{named(found.name)}, with the final norm", loc="left")
+        axes.set_ylabel(NAMES[measure])
+        _layers(axes)
+        return figure
+
+
 def cka_map(cka_AB: Sequence[Sequence[float]], first: str, second: str, title: str) -> Figure:
     """White 0 to blue 1, whatever the values: below 0 shows as 0, above 1 as 1."""
     with matplotlib.rc_context(STYLE):
@@ -81,12 +98,12 @@ def cka_map(cka_AB: Sequence[Sequence[float]], first: str, second: str, title: s
                     fontsize=8,
                     color="white" if value > 0.6 else INK,
                 )
-        axes.set_title(title, loc="left")
-        axes.set_xlabel(f"block of {second}")
-        axes.set_ylabel(f"block of {first}")
+        axes.set_title(named(title), loc="left")
+        axes.set_xlabel(f"block of {named(second)}")
+        axes.set_ylabel(f"block of {named(first)}")
         for axis, blocks in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
-            named = range(0, blocks, 1 + blocks // 12)
-            axis.set_ticks([block + 0.5 for block in named], [str(block) for block in named])
+            shown_blocks = range(0, blocks, 1 + blocks // 12)
+            axis.set_ticks([b + 0.5 for b in shown_blocks], [str(b) for b in shown_blocks])
         bar = figure.colorbar(shown, ax=axes, label="CKA", fraction=0.05)
         if bar.solids is not None:
             bar.solids.set_rasterized(False)
@@ -99,9 +116,9 @@ def alignment_lines(found: AlignmentFindings) -> Figure:
         figure, axes = blank()
         layers = range(len(found.index[0]))
         axes.plot(layers, layers, color=GRID, linewidth=1.2)
-        drawn = [(found.index, f"{found.second} in {found.first}", _LOOKS[0])]
+        drawn = [(found.index, named(f"{found.second} in {found.first}"), _LOOKS[0])]
         if found.null_index:
-            drawn.append((found.null_index, f"two seeds of {found.first}", _LOOKS[1]))
+            drawn.append((found.null_index, named(f"two seeds of {found.first}"), _LOOKS[1]))
         for pairs, label, (colour, marker, line) in drawn:
             values = np.array(pairs)
             places = range(values.shape[1])

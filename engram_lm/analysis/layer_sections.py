@@ -22,6 +22,11 @@ def lens_section(found: Analysis, directory: Path) -> str:
             file = f"lens-{measure.replace('_', '-')}{'' if normed else '-plain'}"
             lines = layer_figures.lens_lines(lenses, measure, normed=normed)
             drawn.append(figure(lines, directory, file, f"{name}; numbers in the table below"))
+    if found.lens_difference is not None:
+        for measure in ("final_to_layer", "loss"):
+            lines = layer_figures.lens_differences(found.lens_difference, measure)
+            file = f"lens-difference-{measure.replace('_', '-')}"
+            drawn.append(figure(lines, directory, file, "Difference after each block"))
     measures = [*layer_figures.NAMES]
     bodies = [
         [

@@ -9,24 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_lm.analysis.bootstrap import interval_over_seeds
-from engram_lm.analysis.findings import Estimate, LensFindings
+from engram_lm.analysis.findings import Estimate, LensDifference, LensFindings
 from engram_lm.analysis.logit_lens import MEASURES, LogitLens
 
 
 def lens_findings(lenses: Sequence[LogitLens]) -> LensFindings:
     """Of one lens a checkpoint, on the same texts."""
     texts = lenses[0].normed[MEASURES[0]].shape[1]
-
-    def estimates(values_SKN: npt.NDArray[np.float64]) -> list[Estimate]:
-        means_K = values_SKN.mean(axis=(0, 2))
-        if texts < 2:
-            return [Estimate(mean=mean, low=None, high=None) for mean in means_K.tolist()]
-        bounds = interval_over_seeds(values_SKN).tolist()
-        return [
-            Estimate(mean=mean, low=low, high=high)
-            for mean, (low, high) in zip(means_K.tolist(), bounds, strict=True)
-        ]
-
     places = lenses[0].places
     return LensFindings(
         checkpoints=len(lenses),
@@ -43,3 +32,31 @@ def lens_findings(lenses: Sequence[LogitLens]) -> LensFindings:
             name: [lens.normed[name].mean(axis=1).tolist() for lens in lenses] for name in MEASURES
         },
     )
+
+
+def lens_difference(
+    name: str, own: Sequence[LogitLens], other: Sequence[LogitLens]
+) -> LensDifference | None:
+    """Own minus other after each block; as many checkpoints of both, in the same order."""
+    gaps: dict[str, list[Estimate]] = {}
+    for measure in MEASURES:
+        pairs = [
+            (one.of_blocks(measure), two.of_blocks(measure))
+            for one, two in zip(own, other, strict=True)
+        ]
+        if any(len(one) != len(two) for one, two in pairs):
+            return None
+        gaps[measure] = estimates(np.stack([one - two for one, two in pairs]))
+    return LensDifference(name=name, normed=gaps)
+
+
+def estimates(values_SKN: npt.NDArray[np.float64]) -> list[Estimate]:
+    """Place by place, over texts and checkpoints."""
+    means_K = values_SKN.mean(axis=(0, 2))
+    if values_SKN.shape[2] < 2:
+        return [Estimate(mean=mean, low=None, high=None) for mean in means_K.tolist()]
+    bounds = interval_over_seeds(values_SKN).tolist()
+    return [
+        Estimate(mean=mean, low=low, high=high)
+        for mean, (low, high) in zip(means_K.tolist(), bounds, strict=True)
+    ]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engram_lm.analysis.gates import batched
 from engram_lm.analysis.residual import Residual, watched
 from engram_lm.errors import DataError
 from engram_lm.evaluate.inference import inference
@@ -56,26 +57,30 @@ def logit_lens(
     model: Any,
     ids_NT: npt.NDArray[np.integer],
     *,
+    positions_NT: npt.NDArray[np.integer] | None = None,
     batch: int = 4,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LogitLens:
     """Reads every block of a model of ours, of one with a memory attached, or of a bare decoder.
 
-    ids_NT: (N, T + 1) token ids; the last of each text is only predicted. autocast: None for the
-    weights' own precision; divergences are float32's of those logits. progress: texts so far.
-    ConfigError where a model's logits are not its head's of its final norm; DataError for no text.
+    ids_NT: (N, T + 1) token ids; the last of each text is only predicted. positions_NT: (N, T),
+    beginning again with each document, where documents are apart. autocast: None for the weights'
+    own precision; divergences are float32's of those logits. progress: texts so far. ConfigError
+    where a model's logits are not its head's of its final norm; DataError for no text.
     """
     if ids_NT.ndim != 2 or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 2:
         raise DataError(f"ids of shape {ids_NT.shape}: (texts, tokens), 1 and 2 or more")
     found: list[tuple[list[Place], dict[bool, Tensor]]] = []
     with inference(model), watched(model) as residual:
         for first in range(0, len(ids_NT), batch):
-            ids = torch.from_numpy(ids_NT[first : first + batch].astype(np.int64)).to(model.device)
+            part = slice(first, first + batch)
+            asked = batched(ids_NT[:, :-1], positions_NT, part, model.device)
+            targets = torch.from_numpy(ids_NT[part, 1:].astype(np.int64)).to(model.device)
             with torch.autocast(model.device.type, autocast) if autocast else nullcontext():
-                logits_BTV = model(input_ids=ids[:, :-1], use_cache=False).logits
+                logits_BTV = model(**asked, use_cache=False).logits
                 residual.check(logits_BTV)
-                found.append(_measure(residual, logits_BTV, ids[:, 1:]))
+                found.append(_measure(residual, logits_BTV, targets))
             if progress is not None:
                 progress(min(first + batch, len(ids_NT)))
     places = found[0][0]

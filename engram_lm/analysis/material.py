@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_lm import corpus
-from engram_lm.analysis.bands import NgramCounts, count_ngrams
+from engram_lm.analysis.bands import NgramCounts, count_ngrams, window_bands
 from engram_lm.analysis.gates import cut
 from engram_lm.analysis.texts import pieces
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import separator_of
 from engram_lm.evaluate.suite_scores import Suite
 from engram_lm.memory.canonical import CanonicalMap, backend_of
+from engram_lm.model.positions import packed_positions
 
 Integers = npt.NDArray[np.int64]
 SHOWN, LONG = 8, 400
@@ -52,12 +53,12 @@ models. Finds none in scripts without capitals."""
 class Sizes:
     """How much is read. ConfigError for windows or texts of nothing."""
 
-    tokens: int = 16_384
+    tokens: int = 65_536
     """Of the text, at most."""
     context: int = 128
     """Tokens of a window."""
     corpus_tokens: int = 1_100_000
-    """Of the corpus, at most; what `engram demo` trains an arm on."""
+    """Of the shipped corpus; what `engram demo` trains an arm on."""
 
     def __post_init__(self) -> None:
         if self.context < 8 or self.tokens < 2 * self.context or self.corpus_tokens < 8:
@@ -78,8 +79,15 @@ class Material:
     """Documents behind one another, each behind a separator; judged in windows of `context`."""
     bytes_T: Integers
     """Of UTF-8 text, that each id stands for; 0 for a separator."""
+    starts_T: npt.NDArray[np.bool_]
+    """True where a document starts: at its separator."""
     names_T: npt.NDArray[np.bool_]
     """True at the last token of a name of two tokens or more."""
+    names: str = "two capitalised words or more in a row, not where a sentence begins"
+    """What counts as one, for a reader."""
+    apart: bool = False
+    """Documents see nothing of one another, as in training on shards (boundary rule "document");
+    or they run on into one another, as in `engram demo`."""
     corpus: str | None = None
     corpus_C: Integers | None = None
     """What n-grams are counted in: best what the model was trained on."""
@@ -101,6 +109,36 @@ class Material:
             )
         starts = np.arange(whole)[:, None] * self.context
         return self.ids_T[starts + np.arange(self.context + 1)]
+
+    @property
+    def positions_NT(self) -> Integers | None:
+        """(N, context): of the tokens read, beginning again with each document; None where
+        documents run on."""
+        if not self.apart:
+            return None
+        return packed_positions(self._windowed(self.starts_T))
+
+    @property
+    def named_NT(self) -> npt.NDArray[np.bool_]:
+        """(N, context): names_T of the tokens read."""
+        return self._windowed(self.names_T)
+
+    @property
+    def read_starts_T(self) -> npt.NDArray[np.bool_] | None:
+        """Of `stream_T`, where documents are apart."""
+        return self.starts_T[: len(self.stream_T)] if self.apart else None
+
+    def _windowed(self, values_T: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        windows = len(self.windows_NT)
+        return values_T[: windows * self.context].reshape(windows, self.context)
+
+    def bands(
+        self, counts: Sequence[NgramCounts], canonical_V: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.int8]:
+        """(orders, T) for `stream_T`, as `window_bands` gives them."""
+        canonical_T, starts_T = canonical_V[self.stream_T], self.read_starts_T
+        found = [window_bands(each, canonical_T, self.context, starts_T) for each in counts]
+        return np.array(found, dtype=np.int8).reshape(len(counts), len(canonical_T) - 1)
 
     @property
     def stream_T(self) -> Integers:
@@ -126,25 +164,30 @@ class Material:
 def encoded(
     texts: Iterable[tuple[str, bool]], tokenizer: Any, limit: int | None = None
 ) -> dict[str, Any]:
-    """ids_T, bytes_T and names_T of a material, of at most `limit` ids. texts: text, and whether a
-    document starts with it."""
+    """ids_T, bytes_T, starts_T and names_T of a material, of at most `limit` ids. texts: text, and
+    whether a document starts with it."""
     separator, backend = separator_of(tokenizer), backend_of(tokenizer)
     ids: list[int] = []
     sizes: list[int] = []
     names: list[bool] = []
+    begins: list[int] = []
     for text, starts in texts:
         if limit is not None and len(ids) >= limit:
             break
         encoding = backend.encode(text, add_special_tokens=False)
         if starts:
+            begins.append(len(ids))
             ids.append(separator)
             sizes.append(0)
             names.append(False)
         ids += encoding.ids
         sizes += [len(part.encode()) for part in cut(text, encoding.offsets)]
         names += name_ends(text, encoding.offsets)
+    starts_T = np.zeros(len(ids), dtype=bool)
+    starts_T[begins] = True
     return {
         "ids_T": np.array(ids[:limit], dtype=np.int64),
+        "starts_T": starts_T[:limit],
         "bytes_T": np.array(sizes[:limit], dtype=np.int64),
         "names_T": np.array(names[:limit], dtype=bool),
     }

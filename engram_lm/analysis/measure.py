@@ -20,10 +20,11 @@ from engram_lm.analysis.bands import NgramCounts
 from engram_lm.analysis.gate_scores import gate_scores, ranked
 from engram_lm.analysis.gates import GateTrace, gate_trace, stream_gates
 from engram_lm.analysis.logit_lens import logit_lens
-from engram_lm.analysis.material import Material
+from engram_lm.analysis.material import Integers, Material
 from engram_lm.analysis.measured import Measured, Nats
 from engram_lm.analysis.row_sharing import RowSharing
 from engram_lm.analysis.suite_ablation import suite_ablation
+from engram_lm.errors import DataError
 from engram_lm.evaluate.token_losses import token_losses
 
 LENS_TEXTS = 64
@@ -38,6 +39,7 @@ def measure(
     model: Any,
     tokenizer: Any,
     material: Material,
+    canonical_V: Integers,
     counts: Sequence[NgramCounts],
     parts: Sequence[str],
     *,
@@ -47,11 +49,14 @@ def measure(
 ) -> Measured:
     """The model stays as it is. parts: of analyze.PARTS, those that this model can be asked for.
 
-    counts: of the material's corpus, orders 2 and up. traced: colours sentences and ranks n-grams
+    counts: of the material's corpus, orders 2 and up; canonical_V: of each token id, as they have
+    it. traced: colours sentences and ranks n-grams
     as well, which a report needs of one checkpoint only.
     """
     found = Measured()
-    work = _Measuring(model, tokenizer, material, counts, traced, autocast, progress or _silent)
+    work = _Measuring(
+        model, tokenizer, material, canonical_V, counts, traced, autocast, progress or silent
+    )
     for part in parts:
         begun = time.perf_counter()
         getattr(work, part)(found)
@@ -67,32 +72,37 @@ class _Measuring:
         model: Any,
         tokenizer: Any,
         material: Material,
+        canonical_V: Integers,
         counts: Sequence[NgramCounts],
         traced: bool,
         autocast: torch.dtype | None,
         progress: Progress,
     ) -> None:
         self.model, self.tokenizer, self.material = model, tokenizer, material
-        self.counts, self.traced, self.autocast = counts, traced, autocast
+        self.canonical_V, self.counts = canonical_V, counts
+        self.traced, self.autocast = traced, autocast
         self.progress = progress
         self.known: dict[tuple[int, int], RowSharing] | None = None
 
     def gates(self, found: Measured) -> None:
         windows_NT = self.material.windows_NT[:, :-1]
         addresses = memory_decoder(self.model).memory.addresses
-        names_NT = self.material.names_T[: windows_NT.size].reshape(windows_NT.shape)
-        canonical_NT = addresses.canonical.ids_V.numpy()[windows_NT]
+        canonical_NT = self.canonical_V[windows_NT]
         counts = [
             np.stack([each.of(canonical_T) for canonical_T in canonical_NT]) for each in self.counts
         ]
+        if self.material.positions_NT is not None:  # padding is read there, which nobody saw
+            for each, counts_NT in zip(self.counts, counts, strict=True):
+                counts_NT[self.material.positions_NT < each.order - 1] = 0
         gates, added = stream_gates(
             self.model,
             windows_NT,
+            positions_NT=self.material.positions_NT,
             batch=BATCH,
             autocast=self.autocast,
             progress=self._told("gates", len(windows_NT)),
         )
-        found.scores = gate_scores(addresses.layers, gates, counts, names_NT)
+        found.scores = gate_scores(addresses.layers, gates, counts, self.material.named_NT)
         if self.traced:
             counted = self.counts[-1] if self.counts else None
             found.highest, found.lowest = ranked(
@@ -102,14 +112,17 @@ class _Measuring:
 
     def lens(self, found: Measured) -> None:
         windows_NT = self.material.windows_NT[:LENS_TEXTS]
+        positions_NT = self.material.positions_NT
         found.lens = logit_lens(
             self.model,
             windows_NT,
+            positions_NT=None if positions_NT is None else positions_NT[:LENS_TEXTS],
             autocast=self.autocast,
             progress=self._told("logit lens", len(windows_NT)),
         )
 
     def bands(self, found: Measured) -> None:
+        found.bands_OT = self.material.bands(self.counts, self.canonical_V)
         found.losses_T = self._losses("losses")
         if getattr(self.model.config, "memory_config", None) is not None:
             with memory_off(self.model):
@@ -125,6 +138,7 @@ class _Measuring:
             self.model,
             windows_NT,
             where_I2,
+            positions_NT=self.material.positions_NT,
             batch=BATCH,
             progress=self._told("hidden states", len(windows_NT)),
         )
@@ -137,6 +151,7 @@ class _Measuring:
             context=self.material.context,
             batch=BATCH,
             counts=self.counts,
+            starts_T=self.material.read_starts_T,
             heads=True,
             autocast=self.autocast,
             progress=lambda name: self.progress(f"ablation: {name}", next(steps), passes),
@@ -155,14 +170,18 @@ class _Measuring:
 
     def _losses(self, said: str) -> Nats:
         ids_T = self.material.stream_T
-        return token_losses(
+        losses_T = token_losses(
             self.model,
             ids_T,
             context=self.material.context,
             batch=BATCH,
+            starts_T=self.material.read_starts_T,
             autocast=self.autocast,
             progress=self._told(said, len(ids_T) - 1),
         ).astype(np.float64)
+        if not np.isfinite(losses_T).all():
+            raise DataError(f"{said}: some are not finite numbers")
+        return losses_T
 
     def _sharing(self) -> dict[tuple[int, int], RowSharing]:
         """(layer, order) -> who reads the rows; {} without a corpus."""
@@ -186,8 +205,7 @@ class _Measuring:
         sharing = self._sharing()
         if not sharing:
             return trace
-        canonical = memory_decoder(self.model).memory.addresses.canonical
-        canonical_T = canonical.ids_V.numpy()[np.array(trace.ids)]
+        canonical_T = self.canonical_V[np.array(trace.ids)]
         columns = len(trace.rows[0][0]) // len(trace.orders)
         sharers = [
             np.concatenate(
@@ -209,5 +227,5 @@ class _Measuring:
         return lambda done: self.progress(what, done, steps)
 
 
-def _silent(_what: str, _done: int, _of: int) -> None:
-    return None
+def silent(_what: str, _done: int, _of: int) -> None:
+    """For who does not want to know."""

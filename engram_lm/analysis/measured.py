@@ -40,6 +40,8 @@ class Measured:
     losses_T: Nats | None = None
     losses_off_T: Nats | None = None
     """With memory off; None for a model without one."""
+    bands_OT: npt.NDArray[np.int8] | None = None
+    """Order -> the tokens' bands in what this checkpoint was trained on."""
     states_AID: torch.Tensor | None = None
     where: str = ""
     """At which tokens the states were taken."""
@@ -57,8 +59,12 @@ class Measured:
         for name, losses_T in (("losses", self.losses_T), ("losses_off", self.losses_off_T)):
             if losses_T is not None:
                 arrays[name] = torch.tensor(losses_T).float()  # as they were computed
+        if self.bands_OT is not None:
+            arrays["bands"] = torch.from_numpy(self.bands_OT)
         if self.states_AID is not None:
             arrays["states"] = self.states_AID.half()
+            if not torch.isfinite(arrays["states"]).all():
+                raise DataError(f"{path}: some hidden states are beyond half precision")
         plain = {
             "scores": self.scores,
             "traces": [asdict(trace) for trace in self.traces],
@@ -83,8 +89,12 @@ class Measured:
                 plain = json.loads((file.metadata() or {})["plain"])
                 names = file.keys()
                 arrays = {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            return cls._read(plain, arrays)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"{path}: nothing measured can be read ({error})") from error
+
+    @classmethod
+    def _read(cls, plain: dict[str, Any], arrays: dict[str, torch.Tensor]) -> "Measured":
         lens = None
         if plain["places"] is not None:
             values = {
@@ -104,6 +114,7 @@ class Measured:
             lens=lens,
             losses_T=losses("losses"),
             losses_off_T=losses("losses_off"),
+            bands_OT=arrays["bands"].numpy() if "bands" in arrays else None,
             states_AID=arrays["states"].float() if "states" in arrays else None,
             where=plain["where"],
             addresses=_each(sharing, plain["addresses"]),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engram_lm.analysis.escape import escape
-from engram_lm.analysis.figures import seeds
+from engram_lm.analysis.figures import minus, seeds
 from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.page import facts, page, section
 from engram_lm.analysis.sections import sections
@@ -48,11 +48,14 @@ def verdict(found: Analysis) -> list[str]:
         own = losses[found.name]
         if found.against is not None:
             other = losses[found.against]
-            gap = own.loss - other.loss
+            gap, error = found.bands.difference_mean, found.bands.difference_error
+            assert gap is not None and error is not None
+            told = "not told apart: " if abs(gap) < 2 * error else ""
             said.append(
                 f"{found.name} predicts this text {'better' if gap < 0 else 'worse'} than "
                 f"{found.against}: {own.loss:.3f} against {other.loss:.3f} nats per token "
-                f"({_said_of_seeds(found)})."
+                f"({told}{minus(f'{gap:+.3f}')}, standard error {error:.3f} over "
+                f"{'windows of the text' if found.checkpoints == 1 else 'seeds'})."
             )
         off = losses.get(f"{found.name}, memory off")
         if off is not None:
@@ -79,12 +82,6 @@ def verdict(found: Analysis) -> list[str]:
             "One seed: nothing here says what another one would give. Intervals are over texts."
         )
     return said
-
-
-def _said_of_seeds(found: Analysis) -> str:
-    if found.checkpoints == found.checkpoints_against:
-        return seeds(found.checkpoints) + (" each" if found.checkpoints > 1 else "")
-    return f"{seeds(found.checkpoints)} against {found.checkpoints_against}"
 
 
 def _about(found: Analysis) -> dict[str, str | int | float]:

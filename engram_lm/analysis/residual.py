@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.fuse import Fuse, Fused
 from engram_lm.model.attached_decoder import decoder_layers
 
@@ -46,7 +46,10 @@ class Residual:
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
     def check(self, logits_BTV: Tensor) -> None:
-        """ConfigError unless the last block, read so, gives the model's own logits of this pass."""
+        """ConfigError unless the last block, read so, gives the model's own logits of this pass;
+        DataError where these are not numbers."""
+        if not torch.isfinite(logits_BTV).all():
+            raise DataError(f"{type(self.model).__name__}: some logits are not finite numbers")
         last = self.blocks[max(self.blocks)]
         if not torch.equal(self.logits(self.read(last)), logits_BTV):
             raise ConfigError(

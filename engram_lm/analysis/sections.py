@@ -39,7 +39,7 @@ def _bands(found: Analysis, directory: Path) -> str:
     drawn = []
     for index, order in enumerate(bands.orders):
         label = f"by how often the {order}-gram stood in the corpus; numbers in the table below"
-        bars = figures.band_bars(losses, order, index)
+        bars = figures.band_bars(losses, order, index, against=found.against)
         drawn.append(figure(bars, directory, f"bands-{order}", f"Loss {label}"))
         if bands.difference is not None:
             dots = figures.band_differences(bands.difference_bands[index], order, bands.difference)
@@ -74,6 +74,10 @@ def _bands(found: Analysis, directory: Path) -> str:
         tokens=f"{found.tokens:,}",
         text=escape(found.text),
         corpus=escape(found.corpus_named),
+        documents="documents see nothing of one another; n-grams that began in another one are "
+        "in no band"
+        if found.apart
+        else "across document separators",
         errors=f"over {many} checkpoints" if many > 1 else "taking tokens as independent",
         losses=table(["model", "nats per token", "bits per byte"], [rows]),
         figures="".join(drawn),
@@ -120,13 +124,15 @@ def _suites(found: Analysis, _directory: Path) -> str:
     bodies: dict[str, list[list[str]]] = {}
     for together in zip(*checkpoints, strict=True):
         first = together[0]
-        kept = [row["retained"] for row in together], [row["above_chance"] for row in together]
+        above = [row["above_chance"] for row in together]
+        bounds = first["above_chance_low"], first["above_chance_high"]
         bodies.setdefault(f"{first['suite']} {first['kind']} {first['metric']}", []).append(
             [
                 f"{first['suite']} {first['kind']}, {first['metric']}: {first['part']}",
                 "–" if first["chance"] is None else f"{first['chance']:.2g}",
                 _spread([row["value"] for row in together], first["low"], first["high"]),
-                *(_share(values) for values in kept),
+                _share([row["retained"] for row in together], None, None),
+                _share(above, *bounds),
             ]
         )
     heads = ["asked", "chance", "score", "retained", "above chance"]
@@ -147,9 +153,14 @@ def _spread(values: list[float], low: float | None, high: float | None) -> str:
     return mean if low is None else f"{mean} ({low:.3f} to {high:.3f})"
 
 
-def _share(values: list[float | None]) -> str:
+def _share(values: list[float | None], low: float | None, high: float | None) -> str:
     known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.0%}" if len(known) == len(values) else "–"
+    if len(known) < len(values):
+        return "–"
+    if len(known) > 1:
+        low, high = min(known), max(known)
+    mean = f"{statistics.mean(known):.0%}"
+    return mean if low is None else f"{mean} ({low:.0%} to {high:.0%})"
 
 
 def _addresses(found: Analysis, directory: Path) -> str:

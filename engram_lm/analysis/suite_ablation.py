@@ -5,12 +5,13 @@ chance, on the same questions as the model as it is.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, TypedDict
 
 from engram_lm.analysis import ablation
 from engram_lm.analysis.ablation_losses import Ablation, parts, retention
-from engram_lm.analysis.bootstrap import interval
+from engram_lm.analysis.bootstrap import interval, retained_interval
+from engram_lm.errors import DataError
 from engram_lm.evaluate.suite_scores import Suite, SuiteScore, name_of, suite_scores
 
 WHOLE = "as it is"
@@ -30,8 +31,12 @@ class PartScore(TypedDict):
     """95 % of bootstraps over questions; None for one."""
     high: float | None
     retained: float | None
-    """Of the model as it is; None where that is not above chance, or no chance is known."""
+    """Of the model as it is; None where 95 % of bootstraps do not tell that from a guess, or no
+    chance is known."""
     above_chance: float | None
+    above_chance_low: float | None
+    """95 % of bootstraps over questions, both scores drawn together."""
+    above_chance_high: float | None
 
 
 def suite_ablation(
@@ -50,7 +55,6 @@ def suite_ablation(
     """
     found: list[PartScore] = []
     for suite in suites:
-        whole: dict[tuple[str, str], float] = {}
 
         def scores(name: str, made: Ablation, suite: Suite = suite) -> list[SuiteScore]:
             if progress is not None:
@@ -60,17 +64,21 @@ def suite_ablation(
 
         with ablation.mean_gates(model) as means:
             plain = scores(WHOLE, nullcontext)
-        whole = {(score.kind, score.metric): score.mean for score in plain}
+        whole = {(score.kind, score.metric): score for score in plain}
         found += [_row(WHOLE, score, whole) for score in plain]
         for name, made in parts(model, means, heads=False).items():
             found += [_row(name, score, whole) for score in scores(name, made)]
     return found
 
 
-def _row(part: str, score: SuiteScore, whole: dict[tuple[str, str], float]) -> PartScore:
+def _row(part: str, score: SuiteScore, whole: dict[tuple[str, str], SuiteScore]) -> PartScore:
     full, chance = whole[score.kind, score.metric], score.chance
-    some = chance is not None and full > chance
-    low, high = interval(score.values_N).tolist() if len(score.values_N) > 1 else (None, None)
+    several = len(score.values_N) > 1
+    low, high = interval(score.values_N).tolist() if several else (None, None)
+    kept: tuple[float, float] | None = None
+    if chance is not None and several:
+        with suppress(DataError):  # no better than a guess: there is nothing to retain
+            kept = retained_interval(score.values_N, full.values_N, chance)
     return PartScore(
         part=part,
         suite=score.suite,
@@ -81,6 +89,8 @@ def _row(part: str, score: SuiteScore, whole: dict[tuple[str, str], float]) -> P
         value=score.mean,
         low=low,
         high=high,
-        retained=retention(score.mean, full) if some else None,
-        above_chance=retention(score.mean, full, chance or 0.0) if some else None,
+        retained=retention(score.mean, full.mean) if kept else None,
+        above_chance=retention(score.mean, full.mean, chance or 0.0) if kept else None,
+        above_chance_low=kept[0] if kept else None,
+        above_chance_high=kept[1] if kept else None,
     )

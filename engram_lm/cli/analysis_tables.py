@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from engram_lm.analysis.bands import BANDS
@@ -28,7 +28,8 @@ def _gates(found: Analysis, console: Console) -> None:
         return
     for trace in found.gates.traces:
         console.print(gate_text(trace))
-    table = _table("gates: white 0, blue 1", "gate", "frequent", "AUROC", "names", "AUROC")
+    heads = ("frequent", "AUROC", "names", "AUROC", "gate there", "elsewhere")
+    table = _table("gates: white 0, blue 1", "gate", *heads)
     for together in zip(*found.gates.scores, strict=True):
         first = together[0]
         table.add_row(
@@ -37,6 +38,10 @@ def _gates(found: Analysis, console: Console) -> None:
             _mean([score["auroc_frequent"] for score in together]),
             f"{first['names']:,}",
             _mean([score["auroc_names"] for score in together]),
+            *(
+                _over([score[key] for score in together])
+                for key in ("gate_names", "gate_elsewhere")
+            ),
         )
     console.print("", table, "")
     for title, ngrams in (("highest", found.gates.highest), ("lowest", found.gates.lowest)):
@@ -51,8 +56,10 @@ def _bands(found: Analysis, console: Console) -> None:
     bands = found.bands
     table = _table("loss, nats per token", "times in the corpus", *bands.losses)
     if bands.difference is not None:
-        table.add_column(bands.difference, justify="right")
-    difference = [] if bands.difference_mean is None else [f"{bands.difference_mean:+.4f}"]
+        table.add_column(Text(bands.difference), justify="right")
+    difference = []
+    if bands.difference_mean is not None:
+        difference = [f"{bands.difference_mean:+.4f} ± {bands.difference_error:.4f}"]
     table.add_row("all", *(f"{each.loss:.4f}" for each in bands.losses.values()), *difference)
     for index, order in enumerate(bands.orders):
         for place, band in enumerate(BANDS):
@@ -146,14 +153,19 @@ def _addresses(found: Analysis, console: Console) -> None:
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(first, title=title, box=None, title_justify="left")
+    table = Table(Column(Text(first)), title=Text(title), box=None, title_justify="left")
     for other in others:
-        table.add_column(other, justify="right")
+        table.add_column(Text(other), justify="right")
     return table
 
 
 def _mean(values: list[Any]) -> str:
     known = [value["mean"] for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else "–"
+
+
+def _over(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
     return f"{statistics.mean(known):.3f}" if known else "–"
 
 

@@ -23,12 +23,11 @@ from engram_lm.cli.settings import (
     setting,
     settings,
 )
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
 
 HELP = "Measure what a model's memory does; write a report with figures."
 BANDS = "frequency_bands"
 QUESTIONS = 200
-DEFAULT = "gates,lens,bands,addresses"
 
 
 def options(add: Callable[..., Any]) -> None:
@@ -37,17 +36,14 @@ def options(add: Callable[..., Any]) -> None:
     add("--out", type=Path, required=True, help="directory of report.html, analysis.json, figures/")
     add(
         "--parts",
-        default=DEFAULT,
-        help="of gates, lens, bands, addresses, alignment, ablation, with commas between "
-        "(default: %(default)s, and alignment with --against)",
+        help="a,b of gates, lens, bands, addresses, alignment, ablation, suites (default: all that "
+        "can be measured but ablation)",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    parts = [part for part in arguments.parts.split(",") if part]
-    if arguments.against and arguments.parts == DEFAULT:
-        parts.append("alignment")
-    _run(arguments, parts)
+    named = arguments.parts
+    _run(arguments, None if named is None else [part for part in named.split(",") if part])
 
 
 class Part:
@@ -85,25 +81,27 @@ def _shared(add: Callable[..., Any]) -> None:
     setting(add, "analyze.tokens=32768, suites.names=two_source, two_source.entities=1500")
 
 
-def _run(arguments: argparse.Namespace, parts: list[str]) -> None:
+def _run(arguments: argparse.Namespace, parts: list[str] | None) -> None:
     from engram_lm.analysis.analyze import analyze
     from engram_lm.analysis.material import Sizes
     from engram_lm.analysis.report import write_report
     from engram_lm.cli.analysis_tables import show
+    from engram_lm.memory.canonical import backend_of
     from engram_lm.train.provenance import machine
 
     changes = settings(arguments.set, ("analyze", "suites", *NAMES))
     sizes = changed_fields("analyze", Sizes(), changes.pop("analyze"))
     asking = _asking(changes)
-    if asking.names and "suites" not in parts:
+    if asking.names and parts is not None and "suites" not in parts:
         parts = [*parts, "suites"]
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise DataError(f"{arguments.out}: not a directory")
+    _once([*arguments.models, *arguments.against])
     prepare(None)
     subject, tokenizer = _subject(arguments.models, arguments)
     against = None
     if arguments.against:
         against, other = _subject(arguments.against, arguments, apart_from=subject.name)
-        from engram_lm.memory.canonical import backend_of
-
         if backend_of(other).to_str() != backend_of(tokenizer).to_str():
             raise ConfigError(f"{arguments.against[0]}: another tokenizer than {subject.name} has")
     with Console(stderr=True).status("reading texts"):
@@ -124,11 +122,19 @@ def _run(arguments: argparse.Namespace, parts: list[str]) -> None:
         command = "$ engram " + shlex.join(sys.argv[1:])
         path = write_report(arguments.out, found, command=command, about=machine())
     if arguments.json:
-        print(json.dumps(asdict(found), ensure_ascii=False))
+        print(json.dumps(asdict(found), ensure_ascii=False, allow_nan=False))
         return
     show(found, Console())
     if arguments.out is not None:
         Console().print(f"report: {path.resolve()}", soft_wrap=True)
+
+
+def _once(paths: Sequence[Path]) -> None:
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ConfigError(f"{path}: named twice; one checkpoint is one seed")
+        seen.add(path.resolve())
 
 
 def _asking(changes: dict[str, dict[str, Any]]) -> Asking:
@@ -140,6 +146,8 @@ def _asking(changes: dict[str, dict[str, Any]]) -> Asking:
     if names is not None and BANDS in names.split(","):
         raise ConfigError(f"suites.names={names}: {BANDS} is a part of its own, bands")
     files = changes["minimal_pairs"].pop("files", None)
+    for field in changes["minimal_pairs"]:
+        raise ConfigError(f"minimal_pairs.{field}: unknown; minimal_pairs.files is accepted")
     found = named(names, changes)
     return Asking(names=found, changes=changes, files=files, questions=questions, seed=0, batch=8)
 
@@ -150,6 +158,7 @@ def _subject(
     from transformers import AutoConfig, AutoTokenizer
 
     from engram_lm.analysis.analyze import Subject
+    from engram_lm.memory.canonical import backend_of
 
     models = []
     for path in paths:
@@ -159,8 +168,13 @@ def _subject(
             # What is compared with may have no memory to leave on disk; the subject is told.
             places = {} if bare and apart_from else memory_places(arguments)
             models.append(open_model(path, places).eval())
-    with opening(paths[0]):
-        tokenizer = AutoTokenizer.from_pretrained(paths[0])
+    tokenizers = []
+    for path in paths:
+        with opening(path):
+            tokenizers.append(AutoTokenizer.from_pretrained(path))
+    tokenizer = tokenizers[0]
+    if len({backend_of(each).to_str() for each in tokenizers}) > 1:
+        raise ConfigError(f"{paths[0]} and others: seeds of one model have one tokenizer")
     if len({_shape(model) for model in models}) > 1:
         raise ConfigError(f"{paths[0]} and others: seeds of one model have one configuration")
     first = paths[0].resolve()
@@ -168,10 +182,12 @@ def _subject(
     return Subject(name=str(paths[0]) if name == apart_from else name, models=models), tokenizer
 
 
-def _shape(model: Any) -> tuple[Any, ...]:
-    config = model.config
-    memory = getattr(config, "memory_config", None)
-    return config.hidden_size, config.num_hidden_layers, memory and memory.specification.layers
+def _shape(model: Any) -> str:
+    """All of a configuration but where and by what it was saved."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    return json.dumps(config, sort_keys=True, default=str)
 
 
 def _material(tokenizer: Any, arguments: argparse.Namespace, sizes: Any) -> Any:
@@ -182,7 +198,10 @@ def _material(tokenizer: Any, arguments: argparse.Namespace, sizes: Any) -> Any:
     else:
         found = material.read(arguments.text, tokenizer, sizes)
     if arguments.corpus is not None:
-        counted = material.stream(material.parts(arguments.corpus), tokenizer, sizes.corpus_tokens)
-        found = replace(found, corpus=arguments.corpus.name, corpus_C=counted)
+        counted = material.stream(material.parts(arguments.corpus), tokenizer)
+        if not len(counted):
+            raise DataError(f"{arguments.corpus}: no text")
+        name = f"{arguments.corpus.name} ({len(counted):,} tokens)"
+        found = replace(found, corpus=name, corpus_C=counted)
     sentences = getattr(arguments, "sentence", None)  # `engram gates` alone has it
     return found if sentences is None else replace(found, sentences=tuple(sentences))

@@ -165,15 +165,15 @@ def rows(columns: "dict[str, list[list[SuiteScore]]]") -> list[dict[str, Any]]:
             "chance": score.chance,
             "questions": len(score.values_N),
         }
-        means = {}
+        asked = {}
         for column, models in columns.items():
             if any(_shape(scores) != _shape(first) for scores in models):
                 raise MismatchError("the models' tokenizers make different questions of a suite")
             values_CN = np.stack([scores[place].values_N for scores in models])
-            means[column] = values_CN.mean(axis=1).tolist()
+            asked[column] = values_CN
             row |= _summary("" if column == next(iter(columns)) else f"{column}_", values_CN)
-        if len(means) == 2:
-            row |= _retained(score.chance, means["on"], means["off"])
+        if len(asked) == 2:
+            row |= _retained(score.chance, asked["on"], asked["off"])
         found.append(row)
     return found
 
@@ -196,14 +196,16 @@ def _summary(prefix: str, values_CN: Any) -> dict[str, Any]:
     }
 
 
-def _retained(chance: float | None, on: list[float], off: list[float]) -> dict[str, Any]:
-    """What is left without memory, raw and above chance: means over models; None where one has
-    nothing above chance to retain, or no chance is known."""
+def _retained(chance: float | None, on_CN: Any, off_CN: Any) -> dict[str, Any]:
+    """What is left without memory, raw and above chance: means over models; None where 95 % of
+    bootstraps do not tell some model's score from a guess, or no chance is known."""
     from engram_lm.analysis.ablation_losses import retention
+    from engram_lm.analysis.bootstrap import interval
 
-    if chance is None or any(value <= chance for value in on):
+    told = chance is not None and on_CN.shape[1] > 1 and (interval(on_CN)[:, 0] > chance).all()
+    if chance is None or not told:
         return {"retained": None, "retained_above_chance": None}
-    both = list(zip(off, on, strict=True))
+    both = list(zip(off_CN.mean(axis=1).tolist(), on_CN.mean(axis=1).tolist(), strict=True))
     return {
         "retained": statistics.fmean(retention(*pair) for pair in both),
         "retained_above_chance": statistics.fmean(retention(*pair, chance) for pair in both),

@@ -130,9 +130,9 @@ def progress_bars() -> Any:
 
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.percentage:.0f} %  {task.fields[note]}"),
+        TextColumn("{task.percentage:.0f} %  {task.fields[note]}", markup=False),
         TimeRemainingColumn(),
         console=console,
         transient=True,
