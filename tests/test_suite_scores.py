@@ -312,17 +312,21 @@ def test_rows_are_means_over_seeds_and_retain_only_what_all_of_them_have():
             SuiteScore(suite="s", kind="k", metric="m", chance=chance, values_N=np.array(values))
         ]
 
-    on, off = [score([1, 1, 0, 0]), score([1, 1, 1, 0])], [score([1, 0, 0, 0]), score([0, 0, 0, 0])]
+    on = [score([1, 1, 0, 0] * 9), score([1, 1, 1, 0] * 9)]
+    off = [score([1, 0, 0, 0] * 9), score([0, 0, 0, 0] * 9)]
     (row,) = evaluate_suites.rows({"on": on, "off": off})
     assert row["value"] == pytest.approx(0.625) and row["checkpoints"] == [0.5, 0.75]
     assert row["sd"] == pytest.approx(0.125 * math.sqrt(2)) and row["off_value"] == 0.125
-    assert row["low"] <= row["value"] <= row["high"] and row["questions"] == 4
+    assert row["low"] <= row["value"] <= row["high"] and row["questions"] == 36
     assert row["retained"] == pytest.approx((0.5 + 0) / 2)
     assert row["retained_above_chance"] == pytest.approx((0.15 / 0.4 + -0.1 / 0.65) / 2)
     for chance in (0.5, None):
         wanted = [score([1, 1, 0, 0], chance)]
         (row,) = evaluate_suites.rows({"on": wanted, "off": wanted})
         assert row["retained"] is row["retained_above_chance"] is row["sd"] is None
+    few = [score([1, 1, 0, 0], 0.4)]  # 0.5 of four questions is not told from a guess of 0.4
+    (row,) = evaluate_suites.rows({"on": few, "off": few})
+    assert row["retained"] is row["retained_above_chance"] is None
     (row,) = evaluate_suites.rows({"off": [score([1])]})
     assert row["low"] is row["high"] is None and "retained" not in row
 
