@@ -1,4 +1,6 @@
-"""How long the default report of `engram analyze` takes: nano-engram, gates, lens, bands, addresses.
+"""How long the default report of `engram analyze` takes, of nano-engram.
+
+Gates, lens, bands and addresses:
 
     python benchmarks/analyze_report.py
 
