@@ -13,6 +13,7 @@ from tiny import phrases, trained_model
 from engram_lm import AttachedForCausalLM, EngramLMForCausalLM
 from engram_lm.analysis import ablation
 from engram_lm.errors import ConfigError
+from engram_lm.memory.fuse import Fuse
 
 EVERY = {
     "memory off": ablation.memory_off,
@@ -20,6 +21,7 @@ EVERY = {
     "order off": lambda model: ablation.order_off(model, 3),
     "heads off": lambda model: ablation.heads_off(model, [0]),
     "gates held": lambda model: ablation.gates_held(model, {0: torch.full((1,), 0.3)}),
+    "updates held": lambda model: ablation.updates_held(model, {0: torch.full((1, 32), 0.3)}),
     "rows permuted": ablation.rows_permuted,
     "rows random": ablation.rows_random,
 }
@@ -97,6 +99,31 @@ def test_mean_gates_are_the_means_of_all_tokens(ids):
         logits(model, ids[:1, :7])
     wanted = torch.cat([gate_BTS.flatten(0, 1) for gate_BTS in seen]).double().mean(0)
     assert torch.equal(means[2].float(), wanted.float()) and means[0].shape == (4,)
+
+
+def test_updates_held_at_zero_are_memory_off_and_means_are_those_of_all_tokens(model, ids):
+    with ablation.memory_off(model):
+        wanted = logits(model, ids)
+    nothing = torch.zeros(1, model.config.hidden_size)
+    with ablation.updates_held(model, {0: nothing, 2: nothing}):
+        assert torch.equal(logits(model, ids), wanted)
+    seen = []
+    (fuse,) = (
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, Fuse) and ".2." in name
+    )
+    hook = fuse.register_forward_hook(lambda _m, _i, fused: seen.append(fused.update_BTSD))
+    with hook, ablation.mean_updates(model) as means:
+        logits(model, ids)
+        logits(model, ids[:1, :7])
+    wanted = torch.cat([update_BTSD.flatten(0, 1) for update_BTSD in seen]).double().mean(0)
+    assert torch.allclose(means[2], wanted, atol=1e-12)  # sums in another order
+    one = ids[:1, :1]  # where there is one token, the mean update is its own
+    with ablation.mean_updates(model) as means:
+        plain = logits(model, one)
+    with ablation.updates_held(model, means):
+        assert (logits(model, one) - plain).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("order", "heads"), [(2, [0, 1]), (3, [2, 3])])

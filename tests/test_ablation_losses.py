@@ -26,7 +26,7 @@ def test_every_part_is_judged_on_the_same_tokens_as_the_whole(model, stream):
     told = []
     found = ablation_losses(model, stream, context=16, batch=4, heads=True, progress=told.append)
     names = [each.name for each in found]
-    assert told == ["as it is", *names] and len(set(names)) == 1 + 2 + 2 + 4 + 3
+    assert told == ["as it is", *names] and len(set(names)) == 1 + 2 + 2 + 4 + 4
     ids = stream[: 16 * 8 + 1]
     plain = token_losses(model, ids, context=16, batch=4).astype(np.float64)
     for name, made in (

@@ -23,7 +23,7 @@ from engram_lm.analysis.bands import BANDS
 from engram_lm.analysis.bootstrap import interval, interval_over_seeds, retained_interval
 from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.gate_scores import gate_scores, ranked
-from engram_lm.analysis.gates import gate_trace, stream_gates
+from engram_lm.analysis.gates import LONG, ROWS, gate_trace, stream_gates
 from engram_lm.analysis.logit_lens import logit_lens
 from engram_lm.analysis.material import Material, Sizes, encoded, name_ends, read, stream, wordnet
 from engram_lm.analysis.measure import measure
@@ -239,6 +239,33 @@ def test_a_trace_has_losses_with_memory_and_without(canonical, tokenizer):
         assert losses[0] is None and losses[1:] == pytest.approx(wanted, abs=1e-5)
     assert trace.losses != trace.losses_off
     assert trace.rows == model.model.addresses.rows(ids)[:, 0].tolist()
+
+
+def test_a_token_is_switched_off_alone(canonical, tokenizer):
+    model = build(canonical).eval()
+    trace = gate_trace(
+        model, tokenizer, "New York is a city in the United States of America, he said to her"
+    )
+    assert len(trace.ids) > ROWS  # more than one batch
+    ids = torch.tensor([trace.ids])
+
+    def loss(without: int | None) -> float:
+        def off(_module, _inputs, fused):
+            if without is not None:
+                fused.update_BTSD[:, without] = 0
+            return fused
+
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for layer in trace.layers:
+                stack.enter_context(model.model.layers[layer].engram.register_forward_hook(off))
+            logs = model(ids).logits[0].double().log_softmax(-1)
+        return -float(logs[range(len(trace.ids) - 1), trace.ids[1:]].sum())
+
+    wanted = [loss(token) - loss(None) for token in range(len(trace.ids) - 1)]
+    assert trace.alone[:-1] == pytest.approx(wanted, abs=1e-4) and trace.alone[-1] is None
+    assert max(map(abs, wanted)) > 0.01
+    long = gate_trace(model, tokenizer, "word " * LONG)
+    assert set(long.alone) == {None}
 
 
 def test_a_token_says_its_rows_and_who_else_reads_them(found):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from engram_lm.errors import ConfigError
 from engram_lm.memory.fuse import Fuse, Fused
@@ -89,6 +90,21 @@ def gates_held(model: Any, gates: Mapping[int, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def updates_held(model: Any, updates: Mapping[int, Tensor]) -> Iterator[None]:
+    """Every token is given this update: layer -> (S, D), such as `mean_updates` gave. Less foreign
+    to the backbone than none."""
+    with ExitStack() as stack:
+        for layer, update_SD in updates.items():
+
+            def hold(_module: Any, _inputs: Any, fused: Fused, held_SD: Tensor = update_SD) -> Any:
+                update_BTSD = fused.update_BTSD
+                return Fused(held_SD.to(update_BTSD).expand_as(update_BTSD), fused.tail_BWSD)
+
+            stack.enter_context(_fuse(model, layer).register_forward_hook(hold))
+        yield
+
+
+@contextmanager
 def rows_permuted(model: Any, seed: int = 0) -> Iterator[None]:
     """Every n-gram reads another one's rows: row r of a head of p rows is read as (a r + b) mod p,
     with a and b drawn by `seed` for each head. Norms and how often each row is read stay."""
@@ -119,18 +135,36 @@ def rows_random(model: Any, seed: int = 0) -> Iterator[None]:
 @contextmanager
 def mean_gates(model: Any) -> Iterator[dict[int, Tensor]]:
     """Layer -> (S,), float64: at the end the mean gate over all tokens that ran inside."""
+    means: dict[int, Tensor] = {}
+    layers = _specification(memory_decoder(model)).layers
+    with _averaged({layer: _fuse(model, layer).gate for layer in layers}, means):
+        yield means
+
+
+@contextmanager
+def mean_updates(model: Any) -> Iterator[dict[int, Tensor]]:
+    """Layer -> (S, D), float64: at the end the mean of what each memory added to a token."""
+    means: dict[int, Tensor] = {}
+    layers = _specification(memory_decoder(model)).layers
+    with _averaged({layer: _fuse(model, layer) for layer in layers}, means):
+        yield means
+
+
+@contextmanager
+def _averaged(modules: Mapping[int, Module], means: dict[int, Tensor]) -> Iterator[None]:
+    """Fills `means` at the end with the mean over sequences and tokens of what each module gave."""
     sums: dict[int, Tensor] = {}
     tokens: dict[int, int] = {}
-    means: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        for layer in _specification(memory_decoder(model)).layers:
+        for layer, module in modules.items():
 
-            def add(_module: Any, _inputs: Any, gate_BTS: Tensor, layer: int = layer) -> None:
-                sums[layer] = sums.get(layer, 0) + gate_BTS.double().sum((0, 1))
-                tokens[layer] = tokens.get(layer, 0) + gate_BTS.shape[0] * gate_BTS.shape[1]
+            def add(_module: Any, _inputs: Any, given: Any, layer: int = layer) -> None:
+                values = given.update_BTSD if isinstance(given, Fused) else given
+                sums[layer] = sums.get(layer, 0) + values.double().sum((0, 1))
+                tokens[layer] = tokens.get(layer, 0) + values.shape[0] * values.shape[1]
 
-            stack.enter_context(_fuse(model, layer).gate.register_forward_hook(add))
-        yield means
+            stack.enter_context(module.register_forward_hook(add))
+        yield
     means.update({layer: total / tokens[layer] for layer, total in sums.items()})
 
 

@@ -41,10 +41,12 @@ class AblationLoss:
     """Order -> band -> change: by how often the suffix n-gram stood in training."""
 
 
-def parts(model: Any, means: dict[int, Tensor], *, heads: bool) -> dict[str, Ablation]:
+def parts(
+    model: Any, gates: dict[int, Tensor], updates: dict[int, Tensor], *, heads: bool
+) -> dict[str, Ablation]:
     """Name -> ablation: all that ablation.py knows, for each layer and order, and for each head.
 
-    means: layer -> (S,), the gates that are held.
+    gates, updates: layer -> (S,) and (S, D), those that are held.
     """
     specification = ablation.memory_decoder(model).memory.addresses.specification
     orders = range(2, specification.max_order + 1)
@@ -57,7 +59,8 @@ def parts(model: Any, means: dict[int, Tensor], *, heads: bool) -> dict[str, Abl
         place, head = divmod(column, specification.heads)
         name = f"order {orders[place]}, head {head} off"
         found[name] = partial(ablation.heads_off, model, [column])
-    found["gates at their mean"] = partial(ablation.gates_held, model, means)
+    found["gates at their mean"] = partial(ablation.gates_held, model, gates)
+    found["updates at their mean"] = partial(ablation.updates_held, model, updates)
     found["rows permuted"] = partial(ablation.rows_permuted, model)
     found["random rows of equal norm"] = partial(ablation.rows_random, model)
     return found
@@ -98,11 +101,11 @@ def ablation_losses(
             )
         return found.astype(np.float64)
 
-    with ablation.mean_gates(model) as means:
+    with ablation.mean_gates(model) as gates, ablation.mean_updates(model) as updates:
         plain_T = losses("as it is", nullcontext)
     by_order = [window_bands(count, canonical_T, context, starts_T) for count in counts]
     found = []
-    for name, made in parts(model, means, heads=heads).items():
+    for name, made in parts(model, gates, updates, heads=heads).items():
         losses_T = losses(name, made)
         change_T = losses_T - plain_T
         low, high = interval(change_T.reshape(-1, context).mean(axis=1))

@@ -24,6 +24,8 @@ from engram_lm.model.attached_decoder import decoder_layers
 
 Values = npt.NDArray[np.float32]
 Nested = list[list[list[float]]]
+LONG, ROWS = 128, 16
+"""Tokens of a text up to which each is switched off alone, and how many of them at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,9 @@ class GateTrace:
     """Nats that the token itself cost to predict; None for the first, which nothing predicts."""
     losses_off: list[float | None]
     """The same without memory."""
+    alone: list[float | None]
+    """Nats that all later tokens together cost more when memory adds nothing at this token alone,
+    in all layers; None for the last, and for texts of more than LONG tokens."""
     gates: Nested
     """Layer -> token -> stream: 0 (shut) to 1 (open)."""
     contributions: Nested
@@ -92,6 +97,7 @@ def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
             losses = _losses(model, ids_BT)
         with memory_off(model):
             losses_off = _losses(model, ids_BT)
+        alone = _alone(model, ids_BT, layers)
         rows_LBTH = memory_decoder(model).memory.addresses.rows(ids_BT)
     return GateTrace(
         text=text,
@@ -104,6 +110,7 @@ def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
         rows=rows_LBTH[:, 0].tolist(),
         losses=losses,
         losses_off=losses_off,
+        alone=alone,
         gates=[gates[layer][0].tolist() for layer in layers],
         contributions=[contributions[layer][0].tolist() for layer in layers],
     )
@@ -173,6 +180,35 @@ def cut(text: str, offsets: list[tuple[int, int]]) -> list[str]:
 def _losses(model: Any, ids_BT: Tensor) -> list[float | None]:
     logits_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :-1].float()
     return [None, *F.cross_entropy(logits_TV, ids_BT[0, 1:], reduction="none").tolist()]
+
+
+def _alone(model: Any, ids_BT: Tensor, layers: list[int]) -> list[float | None]:
+    tokens = ids_BT.shape[1]
+    if not 1 < tokens <= LONG:
+        return [None] * tokens
+    sums = []
+    for first in range(0, tokens, ROWS):
+        # Sequence i has no memory at token `first + i`.
+        places = torch.arange(first, min(first + ROWS, tokens), device=ids_BT.device)
+        rows = torch.arange(len(places), device=ids_BT.device)
+
+        def off(_module: Any, _inputs: Any, fused: Fused, at: Any = (rows, places)) -> Fused:
+            update_BTSD = fused.update_BTSD.clone()
+            update_BTSD[at] = 0
+            return Fused(update_BTSD, fused.tail_BWSD)
+
+        with ExitStack() as stack:
+            blocks: Any = decoder_layers(model.base_model)
+            for layer in layers:
+                stack.callback(blocks[layer].engram.register_forward_hook(off).remove)
+            given = ids_BT.expand(len(places) + 1, -1)  # one more, whose memory is whole
+            logits_BTV = model(input_ids=given, use_cache=False).logits[:, :-1].float()
+        losses_BT = F.cross_entropy(
+            logits_BTV.transpose(1, 2), given[:, 1:], reduction="none"
+        ).double()
+        sums.append((losses_BT[:-1] - losses_BT[-1]).sum(1))
+    found = torch.cat(sums).tolist()
+    return [*found[:-1], None]
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class _Measuring:
         )
 
     def ablation(self, found: Measured) -> None:
-        passes, steps = 1 + len(ablations(self.model, {}, heads=True)), count(0)
+        passes, steps = 1 + len(ablations(self.model, {}, {}, heads=True)), count(0)
         found.ablation = ablation_losses(
             self.model,
             self.material.stream_T[: TOKENS + 1],
@@ -158,7 +158,7 @@ class _Measuring:
         )
 
     def suites(self, found: Measured) -> None:
-        each = 1 + len(ablations(self.model, {}, heads=False))
+        each = 1 + len(ablations(self.model, {}, {}, heads=False))
         passes, steps = len(self.material.suites) * each, count(0)
         found.suites = suite_ablation(
             self.model,

@@ -50,8 +50,8 @@ def suite_ablation(
 ) -> list[PartScore]:
     """Suite by suite: the model as it is, then each part off, its layers and orders one by one.
 
-    Gates are held at their means over the suite's own questions. progress: told what begins.
-    ConfigError for a model without memory or a suite that it cannot be asked.
+    Gates and updates are held at their means over the suite's own questions. progress: told what
+    begins. ConfigError for a model without memory or a suite that it cannot be asked.
     """
     found: list[PartScore] = []
     for suite in suites:
@@ -62,11 +62,11 @@ def suite_ablation(
             with made():
                 return suite_scores(model, tokenizer, suite, questions=questions, seed=seed)
 
-        with ablation.mean_gates(model) as means:
+        with ablation.mean_gates(model) as gates, ablation.mean_updates(model) as updates:
             plain = scores(WHOLE, nullcontext)
         whole = {(score.kind, score.metric): score for score in plain}
         found += [_row(WHOLE, score, whole) for score in plain]
-        for name, made in parts(model, means, heads=False).items():
+        for name, made in parts(model, gates, updates, heads=False).items():
             found += [_row(name, score, whole) for score in scores(name, made)]
     return found
 

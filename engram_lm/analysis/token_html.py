@@ -46,7 +46,7 @@ def coloured(trace: GateTrace) -> str:
         "<details><summary>the numbers</summary>"
         '<div class="wide"><table><thead><tr><th>token</th><th class="n">largest gate</th>'
         '<th>where</th><th class="n">added there</th><th class="n">loss</th>'
-        f'<th class="n">memory off</th>{heads}</tr></thead>'
+        f'<th class="n">memory off</th><th class="n">off here alone</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></details></div>"
     )
 
@@ -85,8 +85,15 @@ def _change_span(trace: GateTrace, token: int) -> str:
     change = off - loss
     colour = "--up" if change > 0 else "--down"
     said = f"loss {loss:.3f} nats, memory off {off:.3f}: {minus(f'{change:+.3f}')}"
+    if trace.alone[token] is not None:
+        said += f"\nmemory off at this token alone, all later ones: {_change(trace, token)}"
     share = min(1.0, abs(change) / CHANGE)
-    return _box(trace, token, f'style="{colour}:{share:.3f}" title="{said}"')
+    return _box(trace, token, f'style="{colour}:{share:.3f}" title="{escape(said)}"')
+
+
+def _change(trace: GateTrace, token: int) -> str:
+    alone = trace.alone[token]
+    return "" if alone is None else minus(f"{alone:+.3f}")
 
 
 def _box(trace: GateTrace, token: int, attributes: str) -> str:
@@ -130,7 +137,8 @@ def _row(trace: GateTrace, token: int, gates: Sequence[float], added: Sequence[f
         f'<tr><td>{visible(trace.tokens[token])}</td><td class="n">{gates[best]:.3f}</td>'
         f'<td>{choices(trace)[best]}</td><td class="n">{added[best]:.3f}</td>'
         f'<td class="n">{_nats(trace.losses[token])}</td>'
-        f'<td class="n">{_nats(trace.losses_off[token])}</td>{ngrams}</tr>'
+        f'<td class="n">{_nats(trace.losses_off[token])}</td>'
+        f'<td class="n">{_change(trace, token)}</td>{ngrams}</tr>'
     )
 
 
