@@ -42,8 +42,8 @@ def options(add: Callable[..., Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    named = arguments.parts
-    _run(arguments, None if named is None else [part for part in named.split(",") if part])
+    parts = arguments.parts
+    _run(arguments, None if parts is None else [part for part in parts.split(",") if part])
 
 
 class Part:
