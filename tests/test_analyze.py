@@ -581,7 +581,7 @@ def test_the_report_is_well_formed_loads_nothing_and_shows_each_part(page, found
     for part in PARTS:
         assert f'<section id="{part}">' in html
     drawn = sorted(path.name for path in (page.parent / "figures").iterdir())
-    assert len(drawn) == 2 * balance.tags.count("svg") == 2 * 18
+    assert len(drawn) == 2 * balance.tags.count("svg") == 2 * 19
     assert "世" in html and "2 seeds" in html
     for band in BANDS:
         assert band in html

@@ -1,7 +1,5 @@
 """Figures with a layer on an axis: the logit lens, CKA maps, the alignment index."""
 
-from collections.abc import Sequence
-
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -76,37 +74,6 @@ def lens_differences(found: LensDifference, measure: str) -> Figure:
         axes.set_title(f"{named(found.name)}, with the final norm", loc="left")
         axes.set_ylabel(NAMES[measure])
         _layers(axes)
-        return figure
-
-
-def cka_map(cka_AB: Sequence[Sequence[float]], first: str, second: str, title: str) -> Figure:
-    """White 0 to blue 1, whatever the values: below 0 shows as 0, above 1 as 1."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = blank(height=3.6)
-        scale = matplotlib.colors.LinearSegmentedColormap.from_list("shut", ["#ffffff", BLUE])
-        values = np.array(cka_AB)
-        # As paths, not as an image, which an SVG would have to load.
-        shown = axes.pcolormesh(values, cmap=scale, vmin=0, vmax=1)
-        if values.size <= 144:
-            for (row, column), value in np.ndenumerate(values):
-                axes.text(
-                    column + 0.5,
-                    row + 0.5,
-                    f"{value:.2f}".replace("0.", "."),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if value > 0.6 else INK,
-                )
-        axes.set_title(named(title), loc="left")
-        axes.set_xlabel(f"block of {named(second)}")
-        axes.set_ylabel(f"block of {named(first)}")
-        for axis, blocks in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
-            shown_blocks = range(0, blocks, 1 + blocks // 12)
-            axis.set_ticks([b + 0.5 for b in shown_blocks], [str(b) for b in shown_blocks])
-        bar = figure.colorbar(shown, ax=axes, label="CKA", fraction=0.05)
-        if bar.solids is not None:
-            bar.solids.set_rasterized(False)
         return figure
 
 

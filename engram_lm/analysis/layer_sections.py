@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from engram_lm.analysis import layer_figures
+from engram_lm.analysis import layer_figures, map_figures
 from engram_lm.analysis.escape import escape
 from engram_lm.analysis.findings import Analysis, Estimate
 from engram_lm.analysis.page import details, figure, section, table
@@ -58,11 +58,11 @@ def alignment_section(found: Analysis, directory: Path) -> str:
     aligned = found.alignment
     assert aligned is not None
     first, second = aligned.first, aligned.second
-    across = layer_figures.cka_map(aligned.across, first, second, f"{second} against {first}")
+    across = map_figures.cka_map(aligned.across, first, second, f"{second} against {first}")
     label = "CKA of each pair of blocks; the alignment index is in the table below"
     drawn = [figure(across, directory, "cka", label)]
     if aligned.null is not None:
-        null = layer_figures.cka_map(aligned.null, first, first, f"two seeds of {first}")
+        null = map_figures.cka_map(aligned.null, first, first, f"two seeds of {first}")
         drawn.append(figure(null, directory, "cka-null", label))
     lines = layer_figures.alignment_lines(aligned)
     drawn.append(figure(lines, directory, "alignment", "Soft alignment index of each block"))

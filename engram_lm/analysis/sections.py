@@ -6,7 +6,7 @@ What each figure shows and what would refute it stands in pages/*.html; here are
 import statistics
 from pathlib import Path
 
-from engram_lm.analysis import figures, part_figures
+from engram_lm.analysis import figures, map_figures, part_figures
 from engram_lm.analysis.ablation_losses import TOKENS
 from engram_lm.analysis.bands import BANDS, BandLoss
 from engram_lm.analysis.escape import escape
@@ -118,7 +118,7 @@ def _ablation(found: Analysis, directory: Path) -> str:
     )
 
 
-def _suites(found: Analysis, _directory: Path) -> str:
+def _suites(found: Analysis, directory: Path) -> str:
     checkpoints = found.suites
     assert checkpoints
     bodies: dict[str, list[list[str]]] = {}
@@ -136,12 +136,14 @@ def _suites(found: Analysis, _directory: Path) -> str:
             ]
         )
     heads = ["asked", "chance", "score", "retained", "above chance"]
+    drawn = map_figures.suite_map(checkpoints)
     return section(
         "suites",
         questions=f"{checkpoints[0][0]['questions']:,}",
         brackets="95 % of bootstraps over questions; one seed"
         if len(checkpoints) == 1
         else f"lowest and highest of {len(checkpoints)} seeds",
+        figure="" if drawn is None else figure(drawn, directory, "suites", "Scores by part"),
         table=table(heads, bodies.values()),
     )
 
