@@ -116,20 +116,22 @@ def _suites(found: Analysis, console: Console) -> None:
         return
     title = "suites without a part; retained above chance"
     table = _table(title, "part", "score", "chance", "retained", "above chance")
-    last = ""
+    by_asked: dict[str, list[Any]] = {}
     for together in zip(*found.suites, strict=True):
         first = together[0]
         asked = f"{first['suite']} {first['kind']}, {first['metric']}"
-        if asked != last:
-            table.add_row(asked)
-        last = asked
-        kept = [row["retained"] for row in together], [row["above_chance"] for row in together]
-        table.add_row(
-            f"  {first['part']}",
-            f"{statistics.mean(row['value'] for row in together):.3f}",
-            "–" if first["chance"] is None else f"{first['chance']:.2g}",
-            *(_share(each) for each in kept),
-        )
+        by_asked.setdefault(asked, []).append(together)
+    for asked, rows in by_asked.items():
+        table.add_row(asked)
+        for together in rows:
+            kept = [row["retained"] for row in together], [row["above_chance"] for row in together]
+            chance = together[0]["chance"]
+            table.add_row(
+                f"  {together[0]['part']}",
+                f"{statistics.mean(row['value'] for row in together):.3f}",
+                "–" if chance is None else f"{chance:.2g}",
+                *(_share(each) for each in kept),
+            )
     console.print(table, "")
 
 
