@@ -187,3 +187,10 @@ def test_every_result_says_how_it_was_made(path):
         record
     )
     assert all(isinstance(value, int | float) for value in record["summary"].values())
+
+
+def test_the_page_on_analysis_says_what_its_report_costs():
+    cost = json.loads((ROOT / "results" / "analyze_report.json").read_text())["summary"]
+    page = (ROOT / "docs" / "analysis.md").read_text()
+    assert f"takes {cost['seconds_median']:.0f} s on {cost['threads']} cores" in page
+    assert cost["seconds_max"] < 120
