@@ -49,6 +49,8 @@ from engram_lm.train.turns import train
 ARMS = ("Engram", "MoE")
 MAX_ORDER = 3
 SMOKE_TOKENS = 1_024
+LR = 4e-3
+"""Of both arms. At the demo's, 0.016, the MoE does not learn to read (docs/log.md)."""
 STATES = 384
 """Hidden states of each layer that are kept for CKA: 6 batches of 64."""
 
@@ -172,7 +174,7 @@ def main() -> None:
     keep_freed_memory()
     study = STUDIES[arguments.study](arguments.smoke)
     name = f"{study.name}-smoke" if arguments.smoke else study.name
-    sizes: dict[str, int] = {"batch": 16, "evaluate_every": 200, "checkpoint_every": 200}
+    sizes: dict[str, Any] = {"batch": 16, "evaluate_every": 200, "checkpoint_every": 200, "lr": LR}
     if arguments.smoke:
         sizes = {"tokens": SMOKE_TOKENS, "batch": 4, "validation_tokens": 512}
     results, out, console = Path("results") / name, Path("runs") / name, Console(stderr=True)
