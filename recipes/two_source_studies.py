@@ -59,8 +59,10 @@ class Twins:
             "separator_id": self.tokenizer.bos_token_id,
             "padding_id": self.tokenizer.pad_token_id,
         }
+        engram = for_vocabulary(twin(moe, RHO), **vocabulary)
         return {
-            "Engram": for_vocabulary(twin(moe, RHO), **vocabulary),
+            # Documents run on into one another here, so n-grams do too.
+            "Engram": configure(engram, {"memory.specification.boundary_rule": "cross"}),
             "MoE": for_vocabulary(moe, **vocabulary),
         }
 

@@ -111,9 +111,7 @@ def _ablation(found: Analysis, directory: Path) -> str:
         whiskers="95 % of bootstraps over windows; one seed"
         if len(checkpoints) == 1
         else f"the range over {len(checkpoints)} seeds",
-        figure=figure(
-            dots, directory, "ablation", "Change in loss; numbers in the table beside it"
-        ),
+        figure=figure(dots, directory, "ablation", "Change in loss; numbers in the table below"),
         table=table(heads, [rows]) + note,
     )
 
