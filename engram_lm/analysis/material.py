@@ -17,7 +17,7 @@ import numpy.typing as npt
 from engram_lm import corpus
 from engram_lm.analysis.bands import NgramCounts, count_ngrams, window_bands
 from engram_lm.analysis.gates import cut
-from engram_lm.analysis.texts import pieces
+from engram_lm.analysis.texts import Piece, pieces, token_ids
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import separator_of
 from engram_lm.evaluate.suite_scores import Suite
@@ -238,14 +238,18 @@ def beginning(path: Path) -> tuple[str, ...]:
 
 def stream(texts: Iterable[tuple[str, bool]], tokenizer: Any, limit: int | None = None) -> Integers:
     """Ids of documents behind one another, each behind a separator; texts: as `encoded`
-    takes them."""
+    takes them, tokenised in batches of a few megabytes."""
     separator, backend = separator_of(tokenizer), backend_of(tokenizer)
     ids: list[int] = []
-    texts = iter(texts)
-    while (limit is None or len(ids) < limit) and (
-        batch := list(islice(texts, corpus.BATCH_DOCUMENTS))
-    ):
-        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for encoding, (_, starts) in zip(encodings, batch, strict=True):
-            ids += [separator, *encoding.ids] if starts else encoding.ids
+    for part, piece in token_ids(_pieces(texts), backend):
+        ids += [separator, *part] if piece.starts else part
+        if limit is not None and len(ids) >= limit:
+            break
     return np.array(ids[:limit], dtype=np.int64)
+
+
+def _pieces(texts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
+    read = 0
+    for text, starts in texts:
+        read += len(text.encode())
+        yield Piece(text, starts, read)

@@ -6,6 +6,7 @@ Shapes: N windows, T positions of a window.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -22,7 +23,7 @@ from engram_lm.analysis.gates import GateTrace, gate_trace, stream_gates
 from engram_lm.analysis.logit_lens import logit_lens
 from engram_lm.analysis.material import Integers, Material
 from engram_lm.analysis.measured import Measured, Nats
-from engram_lm.analysis.row_sharing import RowSharing
+from engram_lm.analysis.row_sharing import RowSharing, sharing_of
 from engram_lm.analysis.suite_ablation import suite_ablation
 from engram_lm.errors import DataError
 from engram_lm.evaluate.token_losses import token_losses
@@ -50,8 +51,8 @@ def measure(
     """The model stays as it is. parts: of analyze.PARTS, those that this model can be asked for.
 
     counts: of the material's corpus, orders 2 and up; canonical_V: of each token id, as they have
-    it. traced: colours sentences and ranks n-grams
-    as well, which a report needs of one checkpoint only.
+    it. traced: colours sentences and ranks n-grams as well, which a report needs of one checkpoint
+    only.
     """
     found = Measured()
     work = _Measuring(
@@ -188,15 +189,11 @@ class _Measuring:
         if self.material.corpus_C is None:
             return {}
         if self.known is None:
-            addresses = memory_decoder(self.model).memory.addresses
-            orders = range(2, addresses.specification.max_order + 1)
-            tables = [(layer, order) for layer in addresses.layers for order in orders]
-            self.known = {}
-            for done, (layer, order) in enumerate(tables):
-                self.progress("n-grams on rows", done, len(tables))
-                self.known[layer, order] = RowSharing(
-                    addresses, self.material.corpus_C, layer, order
-                )
+            self.known = sharing_of(
+                memory_decoder(self.model).memory.addresses,
+                self.material.corpus_C,
+                partial(self.progress, "n-grams on rows"),
+            )
         return self.known
 
     def _trace(self, sentence: str) -> GateTrace:

@@ -3,6 +3,7 @@
 Shapes: T token ids, U distinct n-grams of one order, K heads of an order, R rows of a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,3 +120,19 @@ class RowSharing:
             every_head=float((counts_UK > 1).all(axis=1).mean()),
             every_head_expected=float(np.prod([head.shared_expected for head in heads])),
         )
+
+
+def sharing_of(
+    addresses: Addresses,
+    ids_T: npt.NDArray[np.integer],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[tuple[int, int], RowSharing]:
+    """(layer, order) -> who reads its rows, of every table. progress: tables so far, of all."""
+    orders = range(2, addresses.specification.max_order + 1)
+    tables = [(layer, order) for layer in addresses.layers for order in orders]
+    found = {}
+    for done, (layer, order) in enumerate(tables):
+        if progress is not None:
+            progress(done, len(tables))
+        found[layer, order] = RowSharing(addresses, ids_T, layer, order)
+    return found

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,33 +57,26 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _sharing(model: Any, tokenizer: Any, path: Path) -> Any:
-    import numpy as np
-
-    from engram_lm.analysis.row_sharing import RowSharing
-    from engram_lm.analysis.texts import pieces, token_ids
-    from engram_lm.evaluate.answers import separator_of
-    from engram_lm.memory.canonical import backend_of
+    from engram_lm.analysis.material import stream
+    from engram_lm.analysis.row_sharing import sharing_of
+    from engram_lm.analysis.texts import pieces
 
     addresses = model.base_model.memory.addresses
-    separator = separator_of(tokenizer)  # as it stands before each document in training
-    ids: list[int] = []
     with progress_bars() as bars:
-        task = bars.add_task(f"tokenising {path.name}", total=file_bytes(path), note="")
-        for part, piece in token_ids(pieces(path), backend_of(tokenizer)):
-            ids += [separator, *part] if piece.starts else part
-            bars.update(task, completed=piece.read, note=f"{len(ids) / 1e6:.1f}M tokens")
-    if len(ids) < addresses.specification.max_order:
-        raise DataError(f"{path}: {len(ids)} tokens, which make no n-gram of each order")
-    orders = range(2, addresses.specification.max_order + 1)
-    places = [(layer, order) for layer in addresses.layers for order in orders]
-    ids_T = np.array(ids)
-    with progress_bars() as bars:
-        task = bars.add_task("counting n-grams on rows", total=len(places), note="")
-        found = {}
-        for layer, order in places:
-            found[layer, order] = RowSharing(addresses, ids_T, layer, order)
-            bars.advance(task)
-    return found
+        reading = bars.add_task(f"tokenising {path.name}", total=file_bytes(path), note="")
+        counting = bars.add_task("counting n-grams on rows", total=None, note="")
+
+        def texts() -> Iterator[tuple[str, bool]]:
+            for piece in pieces(path):
+                yield piece.text, piece.starts
+                bars.update(reading, completed=piece.read)
+
+        ids_T = stream(texts(), tokenizer)
+        if len(ids_T) < addresses.specification.max_order:
+            raise DataError(f"{path}: {len(ids_T)} tokens, which make no n-gram of each order")
+        return sharing_of(
+            addresses, ids_T, lambda done, of: bars.update(counting, completed=done, total=of)
+        )
 
 
 def _show(found: Any) -> None:
