@@ -1,12 +1,11 @@
 """The gates of an analysis as a section of a page."""
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from engram_lm.analysis import part_figures
+from engram_lm.analysis import cells, part_figures
 from engram_lm.analysis.escape import escape
-from engram_lm.analysis.findings import Analysis, Estimate, GateFindings, GateScore, NgramGate
+from engram_lm.analysis.findings import Analysis, GateFindings, NgramGate
 from engram_lm.analysis.gate_scores import FREQUENT, TIMES
 from engram_lm.analysis.page import figure, section, table
 from engram_lm.analysis.token_html import CHANGE, choices, coloured, visible
@@ -59,36 +58,22 @@ def _scores(gates: GateFindings) -> str:
             [
                 f"layer {first['layer']}, stream {first['stream'] + 1}, {first['order']}-gram",
                 f"{first['frequent']:,}",
-                _told([score["auroc_frequent"] for score in together]),
+                cells.estimated([score["auroc_frequent"] for score in together]),
                 f"{first['names']:,}",
-                _told([score["auroc_names"] for score in together]),
-                _over(together, "gate_names"),
-                _over(together, "gate_elsewhere"),
+                cells.estimated([score["auroc_names"] for score in together]),
+                cells.mean([score["gate_names"] for score in together]),
+                cells.mean([score["gate_elsewhere"] for score in together]),
             ]
         )
     heads = ["gate", "frequent", "AUROC", "names", "AUROC", "gate at names", "elsewhere"]
     return table(heads, [rows])
 
 
-def _over(scores: Sequence[GateScore], key: str) -> str:
-    values: list[float] = [score[key] for score in scores if score[key] is not None]  # type: ignore[literal-required]
-    return f"{statistics.mean(values):.3f}" if values else "–"
-
-
-def _told(values: Sequence[Estimate | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    means = [value["mean"] for value in known]
-    bounds = (min(means), max(means)) if len(known) > 1 else (known[0]["low"], known[0]["high"])
-    return f"{statistics.mean(means):.3f} ({bounds[0]:.3f} to {bounds[1]:.3f})"
-
-
 def _ranked(which: str, ngrams: Iterable[NgramGate]) -> str:
     rows = "".join(
         f'<tr><td>{visible(each["ngram"])}</td><td class="n">{each["gate"]:.3f}</td>'
         f'<td class="n">{each["added"]:.3f}</td><td class="n">{each["times"]}</td>'
-        f'<td class="n">{"–" if each["in_corpus"] is None else format(each["in_corpus"], ",")}</td>'
+        f'<td class="n">{cells.mean([each["in_corpus"]], ",")}</td>'
         "</tr>"
         for each in ngrams
     )

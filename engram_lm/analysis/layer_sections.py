@@ -1,12 +1,10 @@
 """The logit lens and the alignment of an analysis as sections of a page."""
 
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
-from engram_lm.analysis import layer_figures, map_figures
+from engram_lm.analysis import cells, layer_figures, map_figures
 from engram_lm.analysis.escape import escape
-from engram_lm.analysis.findings import Analysis, Estimate
+from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.page import details, figure, section, table
 
 
@@ -32,8 +30,8 @@ def lens_section(found: Analysis, directory: Path) -> str:
         [
             [
                 f"{name}, {'after block' if lens.at[place] == 'block' else lens.at[place]} {layer}",
-                *(_estimate(lens.normed[measure][place]) for measure in measures),
-                *(_estimate(lens.plain[measure][place]) for measure in measures[:2]),
+                *(cells.estimated([lens.normed[measure][place]]) for measure in measures),
+                *(cells.estimated([lens.plain[measure][place]]) for measure in measures[:2]),
             ]
             for place, layer in enumerate(lens.layers)
         ]
@@ -68,14 +66,16 @@ def alignment_section(found: Analysis, directory: Path) -> str:
     drawn.append(figure(lines, directory, "alignment", "Soft alignment index of each block"))
     rows = []
     for layer, likest in enumerate(aligned.likest):
-        null_cells = ["–", "–"]
-        if aligned.null_index and layer < len(aligned.null_likest):
-            null_cells = [
-                _range([pair[layer] for pair in aligned.null_index]),
-                str(aligned.null_likest[layer]),
+        nulls = [pair[layer] for pair in aligned.null_index if layer < len(pair)]
+        rows.append(
+            [
+                f"block {layer}",
+                cells.bounded([pair[layer] for pair in aligned.index], ".2f"),
+                str(likest),
+                cells.bounded(nulls, ".2f"),
+                str(aligned.null_likest[layer]) if nulls else cells.UNKNOWN,
             ]
-        index = _range([pair[layer] for pair in aligned.index])
-        rows.append([f"block {layer}", index, str(likest), *null_cells])
+        )
     heads = ["block", "alignment index", "most like", "null: index", "null: most like"]
     return section(
         "alignment",
@@ -93,14 +93,3 @@ def alignment_section(found: Analysis, directory: Path) -> str:
         figures="".join(drawn),
         numbers=details("the numbers", table(heads, [rows])),
     )
-
-
-def _estimate(value: Estimate) -> str:
-    if value["low"] is None:
-        return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
-
-
-def _range(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"

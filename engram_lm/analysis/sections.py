@@ -6,7 +6,7 @@ What each figure shows and what would refute it stands in pages/*.html; here are
 import statistics
 from pathlib import Path
 
-from engram_lm.analysis import figures, map_figures, part_figures
+from engram_lm.analysis import cells, figures, map_figures, part_figures
 from engram_lm.analysis.ablation_losses import TOKENS
 from engram_lm.analysis.bands import BANDS, BandLoss
 from engram_lm.analysis.escape import escape
@@ -94,14 +94,12 @@ def _ablation(found: Analysis, directory: Path) -> str:
     heads = ["without", "change", *([f"{band}" for band in BANDS] if last >= 0 else [])]
     rows = []
     for together in zip(*checkpoints, strict=True):
-        change = statistics.mean(part.change for part in together)
-        cells = []
+        row = [together[0].name, cells.mean([part.change for part in together], "+.4f")]
         if last >= 0:
             for place in range(len(BANDS)):
                 means = [part.bands[last][place]["mean"] for part in together]
-                known = [mean for mean in means if mean is not None]
-                cells.append(f"{statistics.mean(known):+.3f}" if known else "–")
-        rows.append([together[0].name, f"{change:+.4f}", *cells])
+                row.append(cells.mean(means, "+.3f"))
+        rows.append(row)
     order = f" of the {bands[last]}-gram" if bands and last >= 0 else " of the longest n-gram"
     note = f'<p class="note">Right: by band{order}, times in the corpus.</p>' if last >= 0 else ""
     return section(
@@ -122,15 +120,16 @@ def _suites(found: Analysis, directory: Path) -> str:
     bodies: dict[str, list[list[str]]] = {}
     for together in zip(*checkpoints, strict=True):
         first = together[0]
-        above = [row["above_chance"] for row in together]
         bounds = first["above_chance_low"], first["above_chance_high"]
         bodies.setdefault(f"{first['suite']} {first['kind']} {first['metric']}", []).append(
             [
                 f"{first['suite']} {first['kind']}, {first['metric']}: {first['part']}",
-                "–" if first["chance"] is None else f"{first['chance']:.2g}",
-                _spread([row["value"] for row in together], first["low"], first["high"]),
-                _share([row["retained"] for row in together], None, None),
-                _share(above, *bounds),
+                cells.mean([first["chance"]], ".2g"),
+                cells.bounded(
+                    [row["value"] for row in together], within=(first["low"], first["high"])
+                ),
+                cells.bounded([row["retained"] for row in together], ".0%"),
+                cells.bounded([row["above_chance"] for row in together], ".0%", bounds),
             ]
         )
     heads = ["asked", "chance", "score", "retained", "above chance"]
@@ -144,23 +143,6 @@ def _suites(found: Analysis, directory: Path) -> str:
         figure="" if drawn is None else figure(drawn, directory, "suites", "Scores by part"),
         table=table(heads, bodies.values()),
     )
-
-
-def _spread(values: list[float], low: float | None, high: float | None) -> str:
-    if len(values) > 1:
-        low, high = min(values), max(values)
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if low is None else f"{mean} ({low:.3f} to {high:.3f})"
-
-
-def _share(values: list[float | None], low: float | None, high: float | None) -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "–"
-    if len(known) > 1:
-        low, high = min(known), max(known)
-    mean = f"{statistics.mean(known):.0%}"
-    return mean if low is None else f"{mean} ({low:.0%} to {high:.0%})"
 
 
 def _addresses(found: Analysis, directory: Path) -> str:
@@ -211,6 +193,6 @@ def _addresses(found: Analysis, directory: Path) -> str:
 
 def _mean(row: BandLoss, *, signed: bool) -> str:
     if row["mean"] is None:
-        return "–"
+        return cells.UNKNOWN
     error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
     return f"{row['mean']:{'+' if signed else ''}.3f}{error}"

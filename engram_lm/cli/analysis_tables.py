@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from engram_lm.analysis import cells
 from engram_lm.analysis.bands import BANDS
 from engram_lm.analysis.figures import seeds
 from engram_lm.analysis.findings import Analysis
@@ -35,13 +36,11 @@ def _gates(found: Analysis, console: Console) -> None:
         table.add_row(
             f"layer {first['layer']}, stream {first['stream'] + 1}, {first['order']}-gram",
             f"{first['frequent']:,}",
-            _mean([score["auroc_frequent"] for score in together]),
+            cells.mean(cells.means([score["auroc_frequent"] for score in together])),
             f"{first['names']:,}",
-            _mean([score["auroc_names"] for score in together]),
-            *(
-                _over([score[key] for score in together])
-                for key in ("gate_names", "gate_elsewhere")
-            ),
+            cells.mean(cells.means([score["auroc_names"] for score in together])),
+            cells.mean([score["gate_names"] for score in together]),
+            cells.mean([score["gate_elsewhere"] for score in together]),
         )
     console.print("", table, "")
     for title, ngrams in (("highest", found.gates.highest), ("lowest", found.gates.lowest)):
@@ -64,11 +63,11 @@ def _bands(found: Analysis, console: Console) -> None:
     for index, order in enumerate(bands.orders):
         for place, band in enumerate(BANDS):
             columns = [each.bands[index][place] for each in bands.losses.values()]
-            cells = ["–" if row["mean"] is None else f"{row['mean']:.4f}" for row in columns]
+            means = [cells.mean([row["mean"]], ".4f") for row in columns]
             if bands.difference is not None:
-                mean = bands.difference_bands[index][place]["mean"]
-                cells.append("–" if mean is None else f"{mean:+.4f}")
-            table.add_row(f"{order}-gram, {band} ({columns[0]['tokens']:,})", *cells)
+                change = bands.difference_bands[index][place]["mean"]
+                means.append(cells.mean([change], "+.4f"))
+            table.add_row(f"{order}-gram, {band} ({columns[0]['tokens']:,})", *means)
     console.print(table, "")
 
 
@@ -94,8 +93,7 @@ def _alignment(found: Analysis, console: Console) -> None:
     for layer, likest in enumerate(aligned.likest):
         index = statistics.mean(pair[layer] for pair in aligned.index)
         nulls = [pair[layer] for pair in aligned.null_index if layer < len(pair)]
-        said = f"{statistics.mean(nulls):.2f}" if nulls else "–"
-        table.add_row(str(layer), f"{index:.2f}", str(likest), said)
+        table.add_row(str(layer), f"{index:.2f}", str(likest), cells.mean(nulls, ".2f"))
     console.print(table, "")
 
 
@@ -124,13 +122,13 @@ def _suites(found: Analysis, console: Console) -> None:
     for asked, rows in by_asked.items():
         table.add_row(asked)
         for together in rows:
-            kept = [row["retained"] for row in together], [row["above_chance"] for row in together]
             chance = together[0]["chance"]
             table.add_row(
                 f"  {together[0]['part']}",
-                f"{statistics.mean(row['value'] for row in together):.3f}",
-                "–" if chance is None else f"{chance:.2g}",
-                *(_share(each) for each in kept),
+                cells.mean([row["value"] for row in together]),
+                cells.mean([chance], ".2g"),
+                cells.mean([row["retained"] for row in together], ".0%"),
+                cells.mean([row["above_chance"] for row in together], ".0%"),
             )
     console.print(table, "")
 
@@ -159,18 +157,3 @@ def _table(title: str, first: str, *others: str) -> Table:
     for other in others:
         table.add_column(Text(other), justify="right")
     return table
-
-
-def _mean(values: list[Any]) -> str:
-    known = [value["mean"] for value in values if value is not None]
-    return f"{statistics.mean(known):.3f}" if known else "–"
-
-
-def _over(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.3f}" if known else "–"
-
-
-def _share(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.0%}" if len(known) == len(values) else "–"
