@@ -22,7 +22,6 @@ mean nothing. The last line printed is the summary.
 import argparse
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
@@ -54,7 +53,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_model, save_model
 
-from engram_lm import CanonicalMap, corpus
+from engram_lm import CanonicalMap, corpus, whole
 from engram_lm.errors import DataError
 from engram_lm.studies.record import Record
 from engram_lm.train.allocator import keep_freed_memory
@@ -159,9 +158,8 @@ class Study:
         def make() -> dict[str, Any]:
             config = sizes.config(sizes.backbone_tokens, sizes.backbone_rate, seed)
             record = self.taught(f"seed {seed} backbone", model, self.old, config, DECAY)
-            aside = weights.with_suffix(".weights.partial")
-            save_model(model, str(aside))
-            os.replace(aside, weights)
+            with whole.aside(weights) as partial:
+                save_model(model, str(partial))
             return record
 
         facts = self.kept(weights.with_suffix(".json"), self.backbone_work, make)
@@ -214,9 +212,7 @@ class Study:
             path.parent.mkdir(parents=True, exist_ok=True)
             begun = time.perf_counter()
             record = make()
-            aside = path.with_suffix(".partial")
-            aside.write_text(json.dumps(record, allow_nan=False) + "\n")
-            os.replace(aside, path)
+            whole.write(path, json.dumps(record, allow_nan=False) + "\n")
             self.tell_time(work / (time.perf_counter() - begun))
         found: dict[str, Any] = json.loads(path.read_text())
         return found

@@ -33,7 +33,7 @@ import two_source_summary
 from rich.console import Console
 from two_source_studies import HELD_OUT, STUDIES, Twins
 
-from engram_lm import CanonicalMap, EngramLMForCausalLM
+from engram_lm import CanonicalMap, EngramLMForCausalLM, whole
 from engram_lm.analysis import ablation
 from engram_lm.analysis.analyze import OF_ALL, PARTS
 from engram_lm.analysis.measure import measure
@@ -144,9 +144,7 @@ def measured(study: Twins, trained: Run, arm: str, training: Continuous, out: Pa
         "machine": machine(),
         "measured": time.strftime("%Y-%m-%d"),
     }
-    aside = out / f"{arm}-{seed}.partial"
-    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    aside.rename(out / f"{arm}-{seed}.json")
+    whole.write(out / f"{arm}-{seed}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def done(path: Path, config: TrainConfig) -> bool:

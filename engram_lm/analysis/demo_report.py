@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from engram_lm import whole
 from engram_lm.analysis import figures
 from engram_lm.analysis.escape import escape
 from engram_lm.analysis.figures import minus
@@ -82,7 +83,7 @@ def write_demo_report(out: Path, results: DemoResults) -> Path:
         ],
     )
     path = out / "report.html"
-    path.write_text(html, encoding="utf-8")
+    whole.write(path, html)
     return path
 
 

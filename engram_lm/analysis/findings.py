@@ -1,11 +1,11 @@
 """What an analysis found, as plain values: analysis.json."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from engram_lm import whole
 from engram_lm.analysis.ablation_losses import AblationLoss
 from engram_lm.analysis.bands import BandLoss
 from engram_lm.analysis.gates import GateTrace
@@ -220,11 +220,9 @@ class Analysis:
 
 
 def write_plain(path: Path, found: Any) -> None:
-    """A dataclass as JSON, aside first, then renamed. ValueError if a number is not finite."""
-    aside = path.with_suffix(".partial")
+    """A dataclass as JSON. ValueError if a number is not finite."""
     text = json.dumps(asdict(found), allow_nan=False, ensure_ascii=False, indent=1)
-    aside.write_text(text + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    whole.write(path, text + "\n")
 
 
 def sharing(record: dict[str, Any]) -> OrderSharing:

@@ -4,7 +4,6 @@ Shapes: K places of the stream, N texts, T tokens, A layers, I inputs, D width.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from engram_lm import whole
 from engram_lm.analysis.ablation_losses import AblationLoss
 from engram_lm.analysis.findings import GateScore, NgramGate, sharing
 from engram_lm.analysis.gates import GateTrace
@@ -77,9 +77,8 @@ class Measured:
             "suites": self.suites,
             "seconds": self.seconds,
         }
-        aside = path.with_suffix(".partial")
-        save_file(arrays, aside, metadata={"plain": json.dumps(plain, allow_nan=False)})
-        os.replace(aside, path)
+        with whole.aside(path) as partial:
+            save_file(arrays, partial, metadata={"plain": json.dumps(plain, allow_nan=False)})
 
     @classmethod
     def load(cls, path: Path) -> "Measured":

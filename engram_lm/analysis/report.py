@@ -1,9 +1,9 @@
 """report.html of an analysis: one file that says and shows what was found, in any browser."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from engram_lm import whole
 from engram_lm.analysis.escape import escape
 from engram_lm.analysis.figures import minus, seeds
 from engram_lm.analysis.findings import Analysis
@@ -34,9 +34,8 @@ def write_report(
             section("definitions", record="analysis.json", analysis=escape(f"Took: {spent}.")),
         ],
     )
-    path, aside = out / "report.html", out / "report.partial"
-    aside.write_text(html, encoding="utf-8")
-    os.replace(aside, path)
+    path = out / "report.html"
+    whole.write(path, html)
     return path
 
 

@@ -3,13 +3,13 @@ without."""
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from engram_lm import whole
 from engram_lm.cli import evaluate_suites, evaluate_tasks
 from engram_lm.cli.settings import open_model, opening, prepare, setting, settings
 from engram_lm.errors import ConfigError, DataError, MismatchError
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
             "suite_scores": evaluate_suites.rows(suite_scores),
         }
         if out is not None:  # after each model: the others may take hours
-            _write(out, record)
+            whole.write(out, json.dumps(record, indent=2) + "\n")
     if arguments.json:
         print(json.dumps(record))
         return
@@ -173,10 +173,3 @@ def _opened(directory: Path, budget: str | int | None) -> tuple[Any, Any]:
         places = {"memory": None if budget is None else "disk", "memory_budget": budget}
         model = open_model(directory, places)
     return model, tokenizer
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Aside first, so that the file is whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, path)

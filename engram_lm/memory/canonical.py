@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor
 
+from engram_lm import whole
 from engram_lm.errors import DataError
 
 FILE_NAME = "canonical_map.safetensors"
@@ -90,11 +91,10 @@ class CanonicalMap:
         return cls(torch.arange(token_ids, dtype=torch.int32))
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `canonical_map.safetensors`, checksum in the metadata; aside, then renamed."""
+        """Writes `canonical_map.safetensors`, checksum in the metadata."""
         path = Path(directory) / FILE_NAME
-        aside = path.with_suffix(".partial")
-        save_file({"canonical_ids": self.ids_V}, aside, metadata={"sha256": self.sha256})
-        os.replace(aside, path)
+        with whole.aside(path) as partial:
+            save_file({"canonical_ids": self.ids_V}, partial, metadata={"sha256": self.sha256})
         return path
 
     @classmethod

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from sympy import nextprime
 
+from engram_lm import whole
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory.canonical import CanonicalMap, backend_of, vocabulary_size
 
@@ -279,10 +280,8 @@ class Specification:
         return specification
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file format as indented JSON, aside first and then renamed."""
-        aside = Path(f"{path}.partial")
-        aside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(aside, path)
+        """Writes the file format as indented JSON."""
+        whole.write(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Specification":

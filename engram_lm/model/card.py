@@ -1,11 +1,11 @@
 """README.md of a saved model: what it is, and how to open it."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from engram_lm import whole
 from engram_lm.model.budget import ledger
 from engram_lm.model.config import EngramLMConfig
 
@@ -22,9 +22,7 @@ def write(config: Any, directory: Path) -> None:
     """Writes the card, unless there is one that a person has made their own."""
     path = directory / FILE_NAME
     if not path.exists() or MARK in path.read_text() or _is_empty(path.read_text()):
-        aside = directory / "README.partial"
-        aside.write_text(card(config))
-        os.replace(aside, path)
+        whole.write(path, card(config))
 
 
 def _is_empty(text: str) -> bool:

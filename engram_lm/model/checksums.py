@@ -6,13 +6,13 @@ and not by its bytes: neither is recorded.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram_lm import whole
 from engram_lm.errors import DataError
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.model.config import REMOTE_CODE
@@ -43,18 +43,15 @@ class Checked:
 
 
 def write(directory: Path) -> None:
-    """Records the files of a model; aside, then renamed."""
+    """Records the files of a model."""
     paths = [path for path in _files(directory) if _ours(path)]
     with _bar("checksums", paths) as advance:
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path, advance)}
             for path in paths
         }
-    aside = directory / "checksums.partial"
-    aside.write_text(
-        json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1) + "\n"
-    )
-    os.replace(aside, directory / FILE_NAME)
+    record = {"format": FORMAT, "version": VERSION, "files": files}
+    whole.write(directory / FILE_NAME, json.dumps(record, indent=1) + "\n")
 
 
 def verify(directory: Path) -> list[Checked]:

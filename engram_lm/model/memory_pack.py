@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from engram_lm import whole
 from engram_lm.auto import PACK
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, DataError, MismatchError
@@ -149,13 +150,11 @@ def save_pack(model: Any, directory: str | os.PathLike[str]) -> None:
         if key.startswith((TABLES, "seal.")) or ".engram." in key
     }
     renamed = {_layer_name(key): value for key, value in weights.items()}
-    aside = path / "weights.partial"
-    save_file(renamed, aside, {"format": "pt"})
-    os.replace(aside, path / SINGLE)
+    with whole.aside(path / SINGLE) as partial:
+        save_file(renamed, partial, {"format": "pt"})
     backbone = {name: getattr(model.config, name) for name in _BACKBONE}
     record = {"model_type": PACK, "backbone": backbone, "memory": model.config.memory}
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(aside, path / "config.json")
+    whole.write(path / "config.json", json.dumps(record, indent=1) + "\n")
     decoder.addresses.canonical.save(path)
     decoder.addresses.specification.save(path / SPECIFICATION)
     checksums.write(path)

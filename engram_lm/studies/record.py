@@ -1,7 +1,6 @@
 """results/NAME.json: what a study or benchmark measured, and all that is needed to repeat it."""
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engram_lm import whole
 from engram_lm.train.provenance import commit, machine
 
 
@@ -23,7 +23,7 @@ class Record:
     def write(
         self, summary: Mapping[str, float], raw: Mapping[str, Any], *, seeds: list[int]
     ) -> None:
-        """Writes results/NAME.json under the working directory, aside first, then renamed.
+        """Writes results/NAME.json under the working directory.
 
         summary: flat, name -> number; the only place that README and docs quote from.
         """
@@ -37,6 +37,4 @@ class Record:
             "raw": dict(raw),
         }
         self.path.parent.mkdir(exist_ok=True)
-        aside = self.path.with_suffix(".partial")
-        aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        os.replace(aside, self.path)
+        whole.write(self.path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engram_lm import whole
+
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 
@@ -24,7 +26,7 @@ class Journal:
         self.out = out
         path = out / METRICS
         kept = [line for line in read_metrics(out) if line["step"] <= step]
-        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        whole.write(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
@@ -32,7 +34,7 @@ class Journal:
         """Writes config.json: the run's record, and `start` behind the starts it had before."""
         path = self.out / CONFIG
         earlier = json.loads(path.read_text())["starts"] if start["step"] and path.exists() else []
-        _replace(path, json.dumps({**record, "starts": [*earlier, start]}, indent=1) + "\n")
+        whole.write(path, json.dumps({**record, "starts": [*earlier, start]}, indent=1) + "\n")
 
     def write(self, record: Mapping[str, float]) -> None:
         """One step's figures, by name; `step` among them."""
@@ -62,10 +64,3 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     path = out / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Aside, then renamed."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text)
-    os.replace(aside, path)

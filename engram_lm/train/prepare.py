@@ -28,6 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from engram_lm import whole
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.train import identity, shards
 from engram_lm.train.digests import Digests
@@ -129,7 +130,7 @@ def prepare(request: Request, encoder: Encoder, out: Path, console: Console) -> 
         if record is None:
             record = {**wanted, "shards": [], "sources": _nothing(request), "place": Place(0, 0)}
         _same(out, record, wanted)
-        shards.write_text(out / shards.TOKENIZER, encoder.content)
+        whole.write(out / shards.TOKENIZER, encoder.content)
         writer = Writer(request, encoder, out, digests, record)
         with Bar(named, console) as bar:
             for batch in _batches(_read(named, Place(*record["place"])), writer.batch_characters):
@@ -139,7 +140,7 @@ def prepare(request: Request, encoder: Encoder, out: Path, console: Console) -> 
         raise DataError(f"{', '.join(request.sources)}: no document with any text")
     del record["place"]
     index = {"format": shards.FORMAT, "version": shards.VERSION, **record}
-    shards.write_text(out / shards.INDEX, json.dumps(index, indent=1) + "\n")
+    whole.write(out / shards.INDEX, json.dumps(index, indent=1) + "\n")
     unfinished.unlink()
     return index
 

@@ -21,6 +21,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from engram_lm import whole
 from engram_lm.errors import DataError, MismatchError
 from engram_lm.train import identity
 from engram_lm.train.encoder import Encoder
@@ -78,9 +79,8 @@ def label(number: int, encoder: Encoder) -> dict[str, Any]:
 def write(
     directory: Path, number: int, splits: dict[str, Packed], encoder: Encoder
 ) -> dict[str, Any]:
-    """Writes a shard, aside and then renamed; returns its entry of the index."""
+    """Writes a shard; returns its entry of the index."""
     path = directory / file_name(number)
-    aside = path.with_suffix(".partial")
     tensors = {
         f"{name}.{field.rpartition('_')[0]}": values
         for name, packed in splits.items()
@@ -89,11 +89,10 @@ def write(
     # One entry: safetensors writes several in an order that differs between processes. Its own
     # save_file would leave a file of random name behind where the process is killed.
     content = save(tensors, metadata={"label": json.dumps(label(number, encoder))})
-    with aside.open("wb") as file:
+    with whole.aside(path) as partial, partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
     counts = {
         name: {
             "tokens": len(packed.ids_T),
@@ -103,13 +102,6 @@ def write(
         for name, packed in splits.items()
     }
     return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), **counts}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Aside, then renamed."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def read_index(directory: Path) -> dict[str, Any]:
