@@ -470,7 +470,7 @@ def test_directories_that_are_no_seeds_of_one_model_are_refused(capsys, saved, t
         return capsys.readouterr().err
 
     assert "not the model of" in refused(saved[0], tmp_path)
-    assert "one of them is given twice" in refused(saved[0], saved[0])
+    assert "named twice" in refused(saved[0], saved[0])
     assert "memory='disk', and the model has no memory" in refused(
         tmp_path, "--set=memory.budget=2MB"
     )

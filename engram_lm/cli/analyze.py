@@ -11,23 +11,20 @@ from typing import Any
 
 from rich.console import Console
 
-from engram_lm.cli.evaluate_suites import NAMES, Asking, named, suites
-from engram_lm.cli.settings import (
-    changed_fields,
+from engram_lm.cli.evaluate_suites import NAMES, QUESTIONS, Asking, named, suites
+from engram_lm.cli.models import (
+    check_distinct,
     memory_options,
     memory_places,
     open_model,
+    open_tokenizer,
     opening,
-    prepare,
-    progress_bars,
-    setting,
-    settings,
 )
+from engram_lm.cli.settings import changed_fields, prepare, progress_bars, setting, settings
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Measure what a model's memory does; write a report with figures."
 BANDS = "frequency_bands"
-QUESTIONS = 200
 
 
 def options(add: Callable[..., Any]) -> None:
@@ -96,7 +93,7 @@ def _run(arguments: argparse.Namespace, parts: list[str] | None) -> None:
         parts = [*parts, "suites"]
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise DataError(f"{arguments.out}: not a directory")
-    _once([*arguments.models, *arguments.against])
+    check_distinct([*arguments.models, *arguments.against])
     prepare(None)
     subject, tokenizer = _subject(arguments.models, arguments)
     against = None
@@ -129,14 +126,6 @@ def _run(arguments: argparse.Namespace, parts: list[str] | None) -> None:
         Console().print(f"report: {path.resolve()}", soft_wrap=True)
 
 
-def _once(paths: Sequence[Path]) -> None:
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ConfigError(f"{path}: named twice; one checkpoint is one seed")
-        seen.add(path.resolve())
-
-
 def _asking(changes: dict[str, dict[str, Any]]) -> Asking:
     """Of --set suites.names=a,b, suites.questions=N and the suites' own fields."""
     own = changes.pop("suites")
@@ -155,23 +144,20 @@ def _asking(changes: dict[str, dict[str, Any]]) -> Asking:
 def _subject(
     paths: Sequence[Path], arguments: argparse.Namespace, apart_from: str = ""
 ) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from engram_lm.analysis.analyze import Subject
     from engram_lm.memory.canonical import backend_of
 
-    models = []
+    models, tokenizers = [], []
     for path in paths:
         with opening(path):
             config: Any = AutoConfig.from_pretrained(path)
             bare = getattr(config, "memory_config", None) is None
             # What is compared with may have no memory to leave on disk; the subject is told.
             places = {} if bare and apart_from else memory_places(arguments)
+            tokenizers.append(open_tokenizer(path))
             models.append(open_model(path, places).eval())
-    tokenizers = []
-    for path in paths:
-        with opening(path):
-            tokenizers.append(AutoTokenizer.from_pretrained(path))
     tokenizer = tokenizers[0]
     if len({backend_of(each).to_str() for each in tokenizers}) > 1:
         raise ConfigError(f"{paths[0]} and others: seeds of one model have one tokenizer")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from engram_lm.cli.settings import opening, setting, settings
+from engram_lm.cli.models import opening
+from engram_lm.cli.settings import setting, settings
 from engram_lm.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from engram_lm import whole
 from engram_lm.cli import evaluate_suites, evaluate_tasks
-from engram_lm.cli.settings import open_model, opening, prepare, setting, settings
+from engram_lm.cli.models import check_distinct, open_model, open_tokenizer, opening
+from engram_lm.cli.settings import prepare, setting, settings
 from engram_lm.errors import ConfigError, DataError, MismatchError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from engram_lm.evaluate.suite_scores import SuiteScore
 
 HELP = "Run our suites and tasks of lm-evaluation-harness, with memory, without, or both."
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 OTHERS: dict[str, tuple[type, ...]] = {
     "suites.seed": (int,),
     "minimal_pairs.files": (str, list),
@@ -27,7 +27,6 @@ OTHERS: dict[str, tuple[type, ...]] = {
     "memory.budget": (str, int),
 }
 """What --set knows beside the suites' own fields. A budget leaves rows on disk."""
-QUESTIONS = 200
 COLUMNS = {"on": ("on",), "off": ("off",), "both": ("on", "off")}
 
 
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         names=evaluate_suites.named(arguments.suites, changes),
         changes=changes,
         files=others["minimal_pairs.files"],
-        questions=QUESTIONS if arguments.limit is None else arguments.limit,
+        questions=evaluate_suites.QUESTIONS if arguments.limit is None else arguments.limit,
         seed=others["suites.seed"] or 0,
         batch=arguments.batch_size,
     )
@@ -132,13 +131,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    directories, out = arguments.directories, arguments.out
+    out = arguments.out
     if not arguments.tasks and not arguments.suites:
         raise ConfigError(
             f"--suites or --tasks is needed; suites are {', '.join(evaluate_suites.NAMES)}"
         )
-    if len(set(directories)) < len(directories):
-        raise ConfigError(f"{' '.join(map(str, directories))}: one of them is given twice")
+    check_distinct(arguments.directories)
     for name, value in (("limit", arguments.limit), ("batch_size", arguments.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value}: at least 1")
@@ -162,14 +160,8 @@ def _others(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _opened(directory: Path, budget: str | int | None) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
     with opening(directory):
-        if not any((directory / name).is_file() for name in TOKENIZERS):
-            raise DataError(
-                f"{directory}: no tokenizer; tokenizer.save_pretrained puts it beside the model"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = open_tokenizer(directory)
         places = {"memory": None if budget is None else "disk", "memory_budget": budget}
         model = open_model(directory, places)
     return model, tokenizer

@@ -27,6 +27,8 @@ NAMES = (
     "minimal_pairs",
     "frequency_bands",
 )
+QUESTIONS = 200
+"""Of each kind, where nothing else is set."""
 
 
 @dataclass(frozen=True, kw_only=True)

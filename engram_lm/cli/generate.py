@@ -7,13 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import (
-    memory_options,
-    memory_places,
-    open_model,
-    opening,
-    prepare,
-)
+from engram_lm.cli.models import memory_options, memory_places, open_model, open_tokenizer, opening
+from engram_lm.cli.settings import prepare
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Continue a text, streamed."
@@ -43,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from contextlib import nullcontext
 
     from rich.console import Console
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from engram_lm.model.metrics_table import metrics_table
 
@@ -58,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         model = open_model(arguments.model, places).eval()
         if not hasattr(model.config, "memory_config"):
             raise DataError(f"{arguments.model}: a {model.config.model_type!r} without memory")
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = open_tokenizer(arguments.model)
     if arguments.memory == "off" and model.config.memory is None:
         raise ConfigError("memory='off': this model has none")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt

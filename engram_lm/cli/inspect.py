@@ -7,15 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import (
-    file_bytes,
-    memory_options,
-    memory_places,
-    open_model,
-    opening,
-    prepare,
-    progress_bars,
-)
+from engram_lm.cli.models import memory_options, memory_places, open_model, open_tokenizer, opening
+from engram_lm.cli.settings import file_bytes, prepare, progress_bars
 from engram_lm.errors import ConfigError, DataError
 
 HELP = "Say what a memory holds for a text: rows, who shares them, gates, what each row does."
@@ -38,14 +31,13 @@ def options(add: Callable[..., Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
 
     from engram_lm.analysis.inspect import inspect
 
     prepare(None)
     with opening(arguments.model):
         model = open_model(arguments.model, memory_places(arguments))
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = open_tokenizer(arguments.model)
     if getattr(model.config, "memory_config", None) is None:
         raise ConfigError(f"{arguments.model}: a model without memory")
     sharing = None if arguments.corpus is None else _sharing(model, tokenizer, arguments.corpus)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from engram_lm.cli.settings import changed_fields, opening, setting, settings
+from engram_lm.cli.models import opening
+from engram_lm.cli.settings import changed_fields, setting, settings
 from engram_lm.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:

@@ -6,13 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import (
-    memory_options,
-    memory_places,
-    open_model,
-    opening,
-    prepare,
-)
+from engram_lm.cli.models import memory_options, memory_places, open_model, open_tokenizer, opening
+from engram_lm.cli.settings import prepare
 from engram_lm.errors import ConfigError
 
 HELP = "Serve a model to OpenAI clients."
@@ -50,7 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--batch {arguments.batch}: at least 1")
     import uvicorn
     from rich.console import Console
-    from transformers import AutoTokenizer
 
     from engram_lm.model.attach import attach
     from engram_lm.model.pretrained import MemoryPreTrained
@@ -63,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         places = memory_places(arguments)
     with opening(arguments.model):
         model = open_model(arguments.model, places)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = open_tokenizer(arguments.model)
     if places and not packs and not isinstance(model, MemoryPreTrained):
         raise ConfigError(f"--memory {arguments.memory}: this model has no memory, and no pack")
     if packs and not isinstance(model, MemoryPreTrained):

@@ -1,8 +1,7 @@
 """What several verbs share: `--set`, and how a process is prepared."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,53 +57,6 @@ def changed_fields(group: str, config: Any, changes: dict[str, Any]) -> Any:
             raise ConfigError(f"{group}.{name}={value!r}: {names[name].__name__} is needed")
         changes[name] = value
     return replace(config, **changes)
-
-
-@contextmanager
-def opening(directory: Path) -> Iterator[None]:
-    """One line for what transformers says of a saved model that it cannot read. DataError."""
-    if not (directory / "config.json").is_file():
-        raise DataError(
-            f"{directory}: no config.json; `engram demo` or `engram train` makes a model"
-        )
-    from engram_lm.model.directory import UNREADABLE
-
-    try:
-        yield
-    except UNREADABLE as error:
-        raise DataError(f"{directory}: {' '.join(str(error).split())}") from error
-
-
-def open_model(directory: Path, places: dict[str, Any]) -> Any:
-    """A causal language model: with its memory, in these places, or one that has none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from engram_lm.model.attached import AttachedForCausalLM
-
-    config: Any = AutoConfig.from_pretrained(directory)
-    if not hasattr(config, "memory_config"):
-        return AutoModelForCausalLM.from_pretrained(directory)
-    return AttachedForCausalLM.from_pretrained(directory, **places)
-
-
-def memory_options(add: Callable[..., Any], *choices: str) -> None:
-    """Adds `--memory` (on, disk and these) and `--memory-budget`."""
-    off = "off: the backbone alone; " if "off" in choices else ""
-    add(
-        "--memory",
-        choices=("on", *choices, "disk"),
-        default="on",
-        help=f"{off}disk: rows stay in the files (default: %(default)s)",
-    )
-    add("--memory-budget", metavar="SIZE", help="memory that rows on disk may take, as 2GB")
-
-
-def memory_places(arguments: Any) -> dict[str, Any]:
-    """Where `open_model` and from_pretrained are to leave the tables, after those options."""
-    return {
-        "memory": "disk" if arguments.memory == "disk" else None,
-        "memory_budget": arguments.memory_budget,
-    }
 
 
 def prepare(threads: int | None) -> Any:

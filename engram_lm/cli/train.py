@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.cli.settings import opening, prepare, setting, settings, train_config
+from engram_lm.cli.models import opening
+from engram_lm.cli.settings import prepare, setting, settings, train_config
 from engram_lm.errors import ConfigError
 
 HELP = "Train one model on the WordNet corpus, or on what `engram data` made."
