@@ -21,6 +21,18 @@ def deepseek() -> CanonicalMap:
     return CanonicalMap.from_tokenizer(DEEPSEEK_TOKENIZER)
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The shipped corpus's."""
+    return corpus.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def canonical() -> CanonicalMap:
+    """Of the same tokenizer."""
+    return CanonicalMap.from_tokenizer(corpus.tokenizer_file())
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Reads a recorded JSON file by name."""

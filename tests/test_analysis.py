@@ -32,16 +32,6 @@ HOSTILE = '<script>alert("1")</script> & </p>\n\t\x00'
 TEXTS = ["New York is a city.", "Zürich, 世界 e\u0301 👩🏽‍🚀!", "  two  spaces \r\n ", HOSTILE]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return corpus.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def canonical() -> CanonicalMap:
-    return CanonicalMap.from_tokenizer(corpus.tokenizer_file())
-
-
 def build(canonical: CanonicalMap, streams: int = 1, *, memory: bool = True):
     """A random model with weights large enough for every part to matter."""
     torch.manual_seed(streams)

@@ -1,8 +1,7 @@
-"""`engram analyze` and its parts: each number against a direct computation or a planted answer."""
+"""The parts of an analysis: each number against a direct computation or a planted answer."""
 
 import contextlib
 import itertools
-import json
 import re
 from dataclasses import replace
 
@@ -25,34 +24,22 @@ from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.gate_scores import gate_scores, ranked
 from engram_lm.analysis.gates import LONG, ROWS, gate_trace, stream_gates
 from engram_lm.analysis.logit_lens import logit_lens
-from engram_lm.analysis.material import Material, Sizes, encoded, name_ends, read, stream, wordnet
+from engram_lm.analysis.material import Material, encoded, stream
 from engram_lm.analysis.measure import measure
 from engram_lm.analysis.measured import Measured
 from engram_lm.analysis.report import verdict, write_report
 from engram_lm.analysis.suite_ablation import WHOLE, suite_ablation
 from engram_lm.analysis.token_html import coloured
-from engram_lm.cli import main
 from engram_lm.cli.analysis_tables import show
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.suite_scores import SuiteScore, suite_scores
 from engram_lm.evaluate.suites.mqar import Induction
 from engram_lm.evaluate.token_losses import token_losses
-from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.presets import configure
 
 ALONE = tuple(part for part in PARTS if part != "alignment")
 SENTENCES = ("New York is a city.", "世界 👩🏽‍🚀!", HOSTILE, "word " * 300)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return corpus.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def canonical() -> CanonicalMap:
-    return CanonicalMap.from_tokenizer(corpus.tokenizer_file())
 
 
 @pytest.fixture(scope="module")
@@ -92,63 +79,6 @@ def other(canonical) -> Subject:
 @pytest.fixture(scope="module")
 def found(subject, other, tokenizer, material) -> Analysis:
     return analyze(subject, tokenizer, material, against=other, parts=PARTS)
-
-
-# What is read
-
-
-def test_names_end_where_two_capitalised_words_do(tokenizer):
-    text = "The king of Macedon, Alexander the Great, saw New York City; he left. Big Ben rang."
-
-    def named(text: str) -> list[str]:
-        encoding = tokenizer(text, return_offsets_mapping=True)
-        ends = name_ends(text, encoding["offset_mapping"])
-        return [
-            text[: end[1]].split()[-1]
-            for end, is_name in zip(encoding["offset_mapping"], ends, strict=True)
-            if is_name
-        ]
-
-    # Neither one capitalised word, nor the beginning of a sentence, where all words have one.
-    assert named(text) == ["Great", "City"]
-    assert named("亚历山大大帝 saw nobody") == []
-
-
-def test_bytes_are_those_of_the_text_of_each_token(tokenizer):
-    texts = ["Zürich, 世界 👩🏽‍🚀", "a b"]
-    made = encoded(((text, True) for text in texts), tokenizer)
-    assert made["bytes_T"].sum() == sum(len(text.encode()) for text in texts)
-    assert (made["bytes_T"][made["ids_T"] == 0] == 0).all()
-    cut = encoded(((text, True) for text in texts), tokenizer, 4)
-    assert all((cut[name] == made[name][:4]).all() for name in made)
-    parts = encoded([("a ", True), ("b", False)], tokenizer)
-    assert (parts["ids_T"] == 0).sum() == 1
-
-
-def test_wordnet_is_read_as_the_demo_reads_it(tokenizer):
-    made = wordnet(tokenizer, Sizes(tokens=256, context=64, corpus_tokens=5_000))
-    assert (made.corpus_C == corpus.tokens("train", 5_000, seed=0).ids).all()
-    assert len(made.ids_T) == 257 and made.windows_NT.shape == (4, 65)
-    assert (made.stream_T == made.ids_T).all()
-    assert made.stream_bytes == corpus.token_bytes()[made.ids_T[1:]].sum()
-
-
-def test_a_file_is_read_by_documents_and_its_first_lines_are_shown(tokenizer, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"line {n}\n\nmore"}) + "\n" for n in range(9)))
-    made = read(path, tokenizer, Sizes(tokens=64, context=16))
-    assert made.text == "a.jsonl" and made.corpus_C is None
-    assert made.sentences[:3] == ("line 0", "more", "line 1") and len(made.sentences) == 8
-    (tmp_path / "none.txt").write_text("")
-    with pytest.raises(DataError, match=r"none\.txt: no text"):
-        read(tmp_path / "none.txt", tokenizer, Sizes())
-    with pytest.raises(DataError, match="two windows of context=16"):
-        Material(text="t", **encoded([("a", True)], tokenizer), context=16).windows_NT  # noqa: B018
-    with pytest.raises(ConfigError, match="context=4"):
-        Sizes(context=4)
-
-
-# Measures
 
 
 def test_an_auroc_interval_holds_what_direct_bootstraps_give():
@@ -587,121 +517,3 @@ def test_the_report_is_well_formed_loads_nothing_and_shows_each_part(page, found
         assert band in html
     mean = np.mean([parts[0].change for parts in found.ablation])
     assert f'<td class="n">{mean:+.4f}</td>'.replace("-", "\N{MINUS SIGN}") in html
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def saved(canonical, tokenizer, tmp_path_factory):
-    out = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("a", "b")):
-        model = build(canonical)
-        torch.manual_seed(seed)
-        torch.nn.init.normal_(model.lm_head.weight, std=0.1)
-        model.save_pretrained(out / name / "model")
-        tokenizer.save_pretrained(out / name / "model")
-    for number, name in enumerate(("plain", "plain1")):
-        plain = build(canonical, memory=False)
-        torch.nn.init.normal_(plain.lm_head.weight, std=0.1 + number)
-        plain.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
-    (out / "text.txt").write_text("New York is a city in the United States.\n世界\n" * 60)
-    return out
-
-
-def test_analyze_writes_a_report_of_several_seeds(saved, tmp_path, capsys):
-    text = str(saved / "text.txt")
-    command = [
-        *("analyze", str(saved / "a/model"), str(saved / "b/model")),
-        *("--against", str(saved / "plain"), str(saved / "plain1")),
-        *("--text", text, "--corpus", text),
-        *("--out", str(tmp_path), "--set=analyze.context=32", "--set=analyze.tokens=640"),
-    ]
-    assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "a (2 seeds): 640 tokens of text.txt" in said and "report.html" in said
-    made = Analysis.load(tmp_path / "analysis.json")
-    assert (made.name, made.against) == ("a", "plain")
-    assert re.fullmatch(r"text\.txt \([\d,]+ tokens\)", made.corpus)
-    assert made.alignment is not None and made.ablation is None
-    assert made.gates.traces[0].text == "New York is a city in the United States."
-
-
-@pytest.mark.parametrize("verb", ["gates", "lens", "bands", "addresses", "alignment", "ablation"])
-def test_each_part_has_a_verb(saved, tmp_path, capsys, verb):
-    text = str(saved / "text.txt")
-    command = [
-        *(verb, str(saved / "a/model"), "--text", text, "--corpus", text, "--memory=disk"),
-        "--memory-budget=200kB",
-        *("--set=analyze.context=32", "--set=analyze.tokens=640"),
-        *(("--against", str(saved / "plain")) if verb == "alignment" else ()),
-    ]
-    assert main(command) == 0
-    shown = capsys.readouterr().out
-    titles = {
-        "gates": "gates: white 0, blue 1",
-        "lens": "each place read by the model's head",
-        "bands": "loss, nats per token",
-        "addresses": "who shares rows",
-        "alignment": "null: one seed, none",
-        "ablation": "loss without a part",
-    }
-    assert [name for name, title in titles.items() if title in shown] == [verb]
-    assert main([*command, "--json", "--out", str(tmp_path)]) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert [name for name in PARTS if made[name] is not None] == [verb]
-    assert Analysis.load(tmp_path / "analysis.json").name == "a"
-
-
-def test_ablation_asks_suites(saved, capsys):
-    command = [
-        *("ablation", str(saved / "a/model"), "--text", str(saved / "text.txt")),
-        *("--set=analyze.context=32", "--set=analyze.tokens=64", "--set=suites.names=induction"),
-        *("--set=induction.length=24", "--set=induction.stretch=6", "--set=suites.questions=3"),
-    ]
-    assert main(command) == 0
-    assert "suites without a part" in capsys.readouterr().out
-    assert main([*command, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["suites"][0]
-    assert {row["suite"] for row in rows} == {"induction"} and rows[1]["part"] == "memory off"
-
-
-def test_gates_colours_any_sentence(saved, capsys):
-    command = ["gates", str(saved / "a/model"), "--sentence", HOSTILE, "--sentence", "世界"]
-    text = ["--text", str(saved / "text.txt"), "--set=analyze.tokens=320"]
-    assert main([*command, *text, "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert [trace["text"] for trace in made["gates"]["traces"]] == [HOSTILE, "世界"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["gates", "plain"], "gates: a memory is needed"),
-        (["addresses", "a/model"], "addresses: a corpus is needed"),
-        (["alignment", "a/model"], "a model to compare with is needed"),
-        (["gates", "nowhere"], "nowhere: no config.json"),
-        (["lens", "a/model", "plain"], "seeds of one model have one configuration"),
-        (["bands", "a/model", "--set=analyze.context=2"], "context=2"),
-        (["bands", "a/model", "--set=analyze.tokens=100000"], None),
-        (["gates", "a/model", "--sentence", ""], "text=''"),
-        (["analyze", "a/model", "--out", "x", "--parts=all"], "'all'"),
-        (["ablation", "a/model", "--set=suites.names=mqra"], "suite 'mqra': unknown"),
-        (["bands", "a/model", "b/model", "a/model"], "named twice"),
-        (["bands", "a/model", "--out", "text.txt"], "text.txt: not a directory"),
-        (["ablation", "a/model", "--set=minimal_pairs.foo=3"], "minimal_pairs.foo: unknown"),
-        (["analyze", "a/model", "--out", "x", "--parts=gates,addresses"], "a corpus is needed"),
-        (["ablation", "a/model", "--set=suites.seed=1"], "suites.names=a,b"),
-        (["ablation", "a/model", "--set=suites.names=frequency_bands"], "a part of its own"),
-    ],
-)
-def test_bad_input_gets_one_line(saved, capsys, monkeypatch, arguments, said):
-    monkeypatch.chdir(saved)
-    status = main([*arguments, "--text", "text.txt"])
-    captured = capsys.readouterr()
-    if said is None:  # a text shorter than what was asked for is read whole
-        assert status == 0
-        return
-    assert status == 2 and said in captured.err and captured.err.count("\n") == 1
-    assert not captured.out and not (saved / "x").exists()

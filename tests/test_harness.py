@@ -60,11 +60,6 @@ def models() -> dict:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return corpus.tokenizer()
-
-
-@pytest.fixture(scope="module")
 def saved(models, tmp_path_factory) -> dict[str, Path]:
     """Directories, each with its tokenizer."""
     directories = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}

@@ -22,11 +22,6 @@ from engram_lm.memory.canonical import CanonicalMap
 TEXT = "Alexander the Great"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return corpus.tokenizer()
-
-
 @pytest.fixture(scope="module", params=[1, 4])
 def model(request):
     return build(CanonicalMap.from_tokenizer(corpus.tokenizer_file()), streams=request.param)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_analysis import build
 from test_suites import Likes, Planted, Repeats
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -33,6 +34,7 @@ from engram_lm.evaluate.suites.people import People
 from engram_lm.evaluate.suites.two_source import TwoSource
 from engram_lm.evaluate.suites.variables import Variables
 from engram_lm.evaluate.suites.wordnet_facts import WordnetFacts
+from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.presets import configure, nano_engram
 from engram_lm.studies import frequency_bands
 from engram_lm.studies.frequency_bands import FrequencyBands
@@ -284,19 +286,38 @@ def test_bits_per_byte_of_a_band_are_its_bits_over_its_bytes(monkeypatch):
     tokenizer = corpus.tokenizer()
     suite = FrequencyBands(tokens=640, context=64)
     judged = suite.read(tokenizer)
-    assert np.array_equal(judged.bytes_T, corpus.token_bytes()[judged.ids_T[1:]])
-    assert len(judged.bytes_T) == 640 and len(judged.bands) == 2
+    ids_T = judged.material.stream_T
+    bytes_T = corpus.token_bytes()[ids_T[1:]]
+    assert np.array_equal(judged.material.bytes_T[1 : len(ids_T)], bytes_T)
+    assert judged.bands_OT.shape == (2, 640)
     indifferent = configured(Likes(8192, set()), 8192)
     scores = suite.scores(indifferent, judged)
     assert len({score.kind for score in scores}) == len(scores) > 4
     for score in scores:
         order, band = int(score.kind[0]), score.kind.split(", ")[1]
-        within = judged.bands[order - 2] == frequency_bands.BANDS.index(band)
-        wanted = within.sum() * 13 / judged.bytes_T[within].sum()  # 8192 ids are 13 bits
+        within = judged.bands_OT[order - 2] == frequency_bands.BANDS.index(band)
+        wanted = within.sum() * 13 / bytes_T[within].sum()  # 8192 ids are 13 bits
         assert score.mean == pytest.approx(wanted, rel=1e-5) and len(score.values_N) == 10
+    # Apart, an n-gram that began in another document is in no band.
+    apart = suite.read(tokenizer, apart=True)
+    begins_T = (ids_T[:-1] == tokenizer.bos_token_id) | (np.arange(640) % 64 == 0)
+    assert ((apart.bands_OT[0] == -1) == begins_T).all()
+    assert (suite.read(tokenizer).bands_OT[0][begins_T] >= 0).sum() > 5
     for wrong in ({"tokens": 100}, {"context": 0}, {"max_order": 1}):
         with pytest.raises(ConfigError, match="2 windows of 1 or more tokens"):
             FrequencyBands(**wrong)
+
+
+def test_documents_are_judged_apart_for_a_model_that_sees_them_so(monkeypatch, canonical):
+    documents = {split: corpus.documents(split)[:60] for split in corpus.SPLITS}
+    monkeypatch.setattr(corpus, "documents", documents.__getitem__)
+    suite, model = FrequencyBands(tokens=640, context=64), build(canonical).eval()
+    judged = suite.read(corpus.tokenizer(), apart=True)
+    ids_T = judged.material.stream_T
+    losses_T = token_losses(model, ids_T, context=64, batch=4, starts_T=ids_T == 0)
+    within_T = judged.bands_OT[0] == 0
+    wanted = losses_T[within_T].sum() / judged.material.bytes_T[1:][within_T].sum() / np.log(2)
+    assert suite.scores(model, judged)[0].mean == pytest.approx(wanted, rel=1e-5)
 
 
 def test_every_suite_says_what_it_shows_and_what_it_cannot():

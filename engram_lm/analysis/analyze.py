@@ -16,7 +16,7 @@ from engram_lm.analysis.band_findings import band_findings
 from engram_lm.analysis.bands import NgramCounts
 from engram_lm.analysis.findings import Analysis, GateFindings
 from engram_lm.analysis.lens_findings import lens_difference, lens_findings
-from engram_lm.analysis.material import Integers, Material
+from engram_lm.analysis.material import Integers, Material, trained_apart
 from engram_lm.analysis.measure import Progress, measure
 from engram_lm.analysis.measured import Measured
 from engram_lm.errors import ConfigError
@@ -60,7 +60,7 @@ def analyze(
     wanted = _wanted(parts, subject.has_memory, against is not None, material)
     both = [subject] if against is None else [subject, against]
     _check(both, material)
-    if any(_apart(model) for each in both for model in each.models):
+    if any(trained_apart(model) for each in both for model in each.models):
         material = replace(material, apart=True)
     holder = next((each for each in both if each.has_memory), None)
     canonical_V: Integers = np.zeros(0, dtype=np.int64)
@@ -171,14 +171,6 @@ def _check(both: Sequence[Subject], material: Material) -> None:
             )
         if other.name == subject.name:
             raise ConfigError(f"{other.name}: the name of both models")
-
-
-def _apart(model: Any) -> bool:
-    """Trained on documents that see nothing of one another, as its memory's rule says."""
-    memory = getattr(model.config, "memory_config", None)
-    if memory is None or model.config.model_type != "engram_lm":
-        return False
-    return bool(memory.specification.boundary_rule == "document")
 
 
 def _wanted(

@@ -20,6 +20,7 @@ from engram_lm.analysis.gates import cut
 from engram_lm.analysis.texts import Piece, pieces, token_ids
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import separator_of
+from engram_lm.evaluate.rendering import unknown_ids
 from engram_lm.evaluate.suite_scores import Suite
 from engram_lm.memory.canonical import CanonicalMap, backend_of
 from engram_lm.model.positions import packed_positions
@@ -165,8 +166,9 @@ def encoded(
     texts: Iterable[tuple[str, bool]], tokenizer: Any, limit: int | None = None
 ) -> dict[str, Any]:
     """ids_T, bytes_T, starts_T and names_T of a material, of at most `limit` ids. texts: text, and
-    whether a document starts with it."""
+    whether a document starts with it. DataError for a tokenizer that has no token for some."""
     separator, backend = separator_of(tokenizer), backend_of(tokenizer)
+    unknown = unknown_ids(tokenizer) - {separator}
     ids: list[int] = []
     sizes: list[int] = []
     names: list[bool] = []
@@ -175,6 +177,8 @@ def encoded(
         if limit is not None and len(ids) >= limit:
             break
         encoding = backend.encode(text, add_special_tokens=False)
+        if unknown & set(encoding.ids):
+            raise DataError(f"the tokenizer has no token for part of {text[:40]!r}")
         if starts:
             begins.append(len(ids))
             ids.append(separator)
@@ -191,6 +195,15 @@ def encoded(
         "bytes_T": np.array(sizes[:limit], dtype=np.int64),
         "names_T": np.array(names[:limit], dtype=bool),
     }
+
+
+def trained_apart(model: Any) -> bool:
+    """Whether a model of ours was trained on documents that see nothing of one another, as its
+    memory's rule says. False of all others, which do not tell."""
+    memory = getattr(model.config, "memory_config", None)
+    if memory is None or model.config.model_type != "engram_lm":
+        return False
+    return bool(memory.specification.boundary_rule == "document")
 
 
 def name_ends(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:

@@ -116,6 +116,7 @@ def scored(
     asking: Asking,
 ) -> "dict[str, list[SuiteScore]]":
     """Column -> scores of one model."""
+    from engram_lm.analysis.material import trained_apart
     from engram_lm.evaluate.suite_scores import suite_scores
     from engram_lm.studies.frequency_bands import FrequencyBands
 
@@ -129,7 +130,8 @@ def scored(
         for name, suite in suites.items():
             judged = None
             if isinstance(suite, FrequencyBands):
-                judged = suite.read(tokenizer, bar(f"{name}, counting n-grams"))
+                told = bar(f"{name}, counting n-grams")
+                judged = suite.read(tokenizer, apart=trained_apart(model), progress=told)
             for column in columns:
                 told = bar(f"{name}, memory {column}")
                 with nullcontext() if column == "on" else model.base_model.without_memory():
