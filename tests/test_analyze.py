@@ -312,7 +312,7 @@ def test_a_planted_score_is_retained_as_far_as_it_was(monkeypatch, canonical, to
 
 
 def test_an_analysis_has_every_part_and_survives_its_file(found, tmp_path):
-    assert found.checkpoints == found.checkpoints_against == 2
+    assert found.checkpoints == 2
     assert list(found.seconds) == list(PARTS)
     assert [len(scores) for scores in found.gates.scores] == [4, 4]
     lens = found.lens["MoE"]

@@ -141,7 +141,6 @@ def assemble(
         name=name,
         against=against,
         checkpoints=len(own),
-        checkpoints_against=len(other),
         text=material.text,
         tokens=len(material.stream_T) - 1,
         bytes=material.stream_bytes,

@@ -152,7 +152,7 @@ class Analysis:
     name: str
     against: str | None
     checkpoints: int
-    checkpoints_against: int
+    """Of each model; where two are compared, as many of both."""
     text: str
     tokens: int
     bytes: int

@@ -92,5 +92,5 @@ def _about(found: Analysis) -> dict[str, str | int | float]:
         "N-grams counted in": found.corpus_named,
     }
     if found.against is not None:
-        about["Against"] = f"{found.against} ({seeds(found.checkpoints_against)})"
+        about["Against"] = f"{found.against} ({seeds(found.checkpoints)})"
     return about
