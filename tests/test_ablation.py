@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import attached, bare
 from rows_read import rows_read
+from test_analysis import hooks
 from tiny import phrases, trained_model
 
 from engram_lm import AttachedForCausalLM, EngramLMForCausalLM
@@ -58,7 +59,7 @@ def logits(model, ids):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_each_changes_what_is_said_and_leaves_no_trace(model, ids, name):
-    before = logits(model, ids)
+    before, hooked = logits(model, ids), hooks(model)
     with EVERY[name](model):
         within = logits(model, ids)
         again = logits(model, ids)
@@ -66,7 +67,7 @@ def test_each_changes_what_is_said_and_leaves_no_trace(model, ids, name):
     with pytest.raises(ZeroDivisionError), EVERY[name](model):
         raise ZeroDivisionError
     assert torch.equal(logits(model, ids), before)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert hooks(model) == hooked
 
 
 def test_all_layers_off_is_memory_off(model, ids):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "engram-lm")
+VERSIONS = ("transformers", "tokenizers", "numpy", "engram-lm")
 
 
 def machine() -> dict[str, str | int]:
@@ -20,6 +20,7 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with the build, which its package's version may lack
         **{name: version(name) for name in VERSIONS},
     }
 
