@@ -1,10 +1,13 @@
-"""Four claims of the paper beside what recipes/two_source.py measured: ours left, theirs right.
+"""Four claims of the paper beside what recipes/two_source.py measured: ours left, theirs right;
+below, the controls.
 
 Redrawn from a record alone: python recipes/two_source_claims.py results/two_source.json
 """
 
 import json
+import statistics
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from engram_lm.analysis.figures import BLUE, GRID, VERMILION, save, seeds
+from engram_lm.analysis.suite_ablation import WHOLE
 
 RETAINED = {
     "C3": 93, "RACE-M": 89, "HellaSwag": 85, "RACE-H": 84, "DROP": 81, "ARC-C": 81, "PIQA": 81,
@@ -50,6 +54,7 @@ KINDS = {
     "unknown_after": "given, new name, behind",
     "unknown_later": "given, new name, beyond",
 }
+MARKS = {"trained/after": "s", "trained/later": "o", "given/later": "D"}
 LOOKS = {"Engram": (VERMILION, "s-"), "MoE": (BLUE, "o--")}
 
 
@@ -57,11 +62,12 @@ def draw(record: Path) -> None:
     """NAME_claims.svg and .png beside the record."""
     read = json.loads(record.read_text())
     flat, analysis = read["summary"], read["raw"]["analysis"]
-    figure, axes = plt.subplots(4, 2, figsize=(9.0, 13.5), layout="constrained")
+    figure, axes = plt.subplots(5, 2, figsize=(9.0, 16.5), layout="constrained")
     _retained(axes[0], flat)
     _lens(axes[1], analysis["lens"])
     _alignment(axes[2], analysis["alignment"])
     _gates(axes[3], flat, analysis["gates"]["scores"][0])
+    _controls(axes[4], analysis["suites"])
     for axis in axes.flat:
         axis.title.set_fontsize(9)
         axis.spines[["top", "right"]].set_visible(False)
@@ -162,8 +168,9 @@ def _gates(axes: Any, flat: dict[str, float], scores: list[dict[str, Any]]) -> N
                     fmt="s",
                     color=colour,
                     ms=4,
-                    label=key if row == 0 else None,
                 )
+    for key, colour in (("names", VERMILION), ("frequent", BLUE)):
+        own.plot([], [], "s", color=colour, ms=4, label=key)
     own.axvline(0.5, color=GRID)
     own.set_xlim(0, 1)
     own.set_yticks(range(len(labels)), labels, fontsize=8)
@@ -174,6 +181,38 @@ def _gates(axes: Any, flat: dict[str, float], scores: list[dict[str, Any]]) -> N
     paper.text(
         0, 0.6, "Eight gates of Engram-27B in figure 7,\nchosen by hand as those most correlated\n"
         "with pattern matching; no number given.", fontsize=10,
+    )  # fmt: skip
+
+
+def _controls(axes: Any, checkpoints: list[list[dict[str, Any]]]) -> None:
+    """Facts and reading without each part: whether rows must be those that were learned, and gates
+    those that were chosen."""
+    own, paper = axes
+    kept: dict[tuple[str, str], list[float]] = {}
+    for asked in chain.from_iterable(checkpoints):
+        if asked["suite"] == "two_source" and asked["above_chance"] is not None:
+            kept.setdefault((asked["part"], asked["kind"]), []).append(100 * asked["above_chance"])
+    parts = [part for part in dict.fromkeys(part for part, _ in kept) if part != WHOLE]
+    for shift, (kind, mark) in enumerate(MARKS.items()):
+        colour = VERMILION if kind.startswith("trained") else BLUE
+        label = KINDS[kind.replace("/", "_")]
+        own.plot([], [], mark, color=colour, ms=4, label=label)
+        for row, part in enumerate(parts):
+            values = kept.get((part, kind), [])
+            if len(values) == len(checkpoints):
+                mean = statistics.mean(values)
+                bounds = [[mean - min(values)], [max(values) - mean]]
+                at = row + 0.25 * (shift - 1)
+                own.errorbar(mean, at, xerr=bounds, fmt=mark, color=colour, ms=4)
+    own.set_yticks(range(len(parts)), parts, fontsize=8)
+    own.invert_yaxis()
+    own.set_xlabel("per cent")
+    own.set_title("retained above chance without a part; range over seeds")
+    own.legend(frameon=False, fontsize=7, loc="center")
+    paper.axis("off")
+    paper.text(
+        0, 0.6, "Without single parts the paper gives losses\nof models trained so, no scores:\n"
+        "nothing to put beside these.", fontsize=10,
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def summarise(
         "seeds": len(seeds),
         "tokens": runs[OWN][0]["tokens"],
         "chance": chance,
+        "training_seconds": sum(run["training_seconds"] for each in runs.values() for run in each),
         **asked(by_seed, chance, runs[OWN][0]["questions"]),
         **layers(analysis, found),
         **gates(analysis),
