@@ -135,19 +135,21 @@ def _lens(axes: Any, lenses: dict[str, Any]) -> None:
 
 def _alignment(axes: Any, found: dict[str, Any]) -> None:
     own, paper = axes
-    drawn = {"Engram in MoE": (found["index"], LOOKS["Engram"])}
+    drawn = {"Engram in MoE": (found["index"], found["likest"], LOOKS["Engram"])}
     if found["null_index"]:
-        drawn["null: two seeds of MoE"] = (found["null_index"], LOOKS["MoE"])
-    for label, (pairs, (colour, line)) in drawn.items():
+        null = found["null_index"], found["null_likest"], LOOKS["MoE"]
+        drawn["null: two seeds of MoE"] = null
+    for label, (pairs, likest, (colour, line)) in drawn.items():
         values = np.array(pairs)
         places = range(values.shape[1])
+        own.plot(places, likest, line[0], color=colour, ms=8, mfc="none", label=f"{label}: likest")
         own.plot(places, values.mean(0), line, color=colour, ms=4, label=label)
         own.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
     colour, line = LOOKS["Engram"]
     paper.plot(range(len(INDEX)), INDEX, line, color=colour, ms=3, label="Engram in MoE")
     for axis, layers in ((own, len(found["index"][0])), (paper, len(INDEX))):
         axis.plot([0, layers - 1], [0, layers - 1], color=GRID)
-    own.set_title("soft alignment; range over pairs of seeds")
+    own.set_title("soft alignment, range over pairs; hollow: the likest block")
     paper.set_title("soft alignment (no null)")
     _by_layer(axes, "index")
 

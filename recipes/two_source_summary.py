@@ -99,7 +99,8 @@ def asked(
 
 def layers(analysis: Analysis, found: dict[str, list[Measured]]) -> dict[str, float]:
     """LogitLens and alignment, seed by seed: areas over blocks but the last, and how far the index
-    lies above the null's."""
+    lies above the null's; which block is most like each (k = 1), for of few layers the index of 5
+    lies in the middle whatever they are."""
     flat: dict[str, float] = {}
     for measure in ("final_to_layer", "layer_to_final", "loss"):
         areas = {
@@ -116,7 +117,9 @@ def layers(analysis: Analysis, found: dict[str, list[Measured]]) -> dict[str, fl
     index = np.array(aligned.index).reshape(len(found[OTHER]), len(found[OWN]), -1).mean(0)
     for layer in range(index.shape[1]):
         flat |= named(f"alignment_index_block_{layer}", index[:, layer].tolist())
+        flat[f"alignment_most_like_block_{layer}"] = aligned.likest[layer]
         if aligned.null_index:
+            flat[f"alignment_null_most_like_block_{layer}"] = aligned.null_likest[layer]
             null = [pair[layer] for pair in aligned.null_index]
             flat[f"alignment_null_block_{layer}_low"] = min(null)
             flat[f"alignment_null_block_{layer}_high"] = max(null)
