@@ -16,6 +16,7 @@ from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.material import Material
 from engram_lm.analysis.measured import Measured
 from engram_lm.analysis.report import write_report
+from engram_lm.analysis.suite_ablation import WHOLE
 from engram_lm.studies.record import Record
 from engram_lm.train.provenance import machine
 
@@ -55,6 +56,7 @@ def summarise(
         **layers(analysis, found),
         **gates(analysis),
         **parts(analysis),
+        **kept(analysis),
     }
     record.write(flat, {"runs": runs, "asked": by_seed, "analysis": plain(analysis)}, seeds=seeds)
     draw(flat, record.path)
@@ -148,6 +150,20 @@ def parts(analysis: Analysis) -> dict[str, float]:
         if "head" not in together[0].name:
             name = together[0].name.replace(" ", "_")
             flat |= named(f"without_{name}", [part.change for part in together])
+    return flat
+
+
+def kept(analysis: Analysis) -> dict[str, float]:
+    """What every suite's score keeps above chance without each part of the memory, where it has a
+    score above chance with all of them in all seeds."""
+    assert analysis.suites is not None
+    flat: dict[str, float] = {}
+    for together in zip(*analysis.suites, strict=True):
+        first = together[0]
+        known = [row["above_chance"] for row in together if row["above_chance"] is not None]
+        if first["part"] != WHOLE and first["metric"] == "right" and len(known) == len(together):
+            name = f"kept_{first['part']}_{first['suite']}_{first['kind']}"
+            flat |= named(name.replace(" ", "_").replace("/", "_"), known)
     return flat
 
 

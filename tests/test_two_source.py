@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,30 @@ def test_a_summary_retains_nothing_of_what_was_at_chance(recipe):
     assert flat["Engram_memory_off_trained_after_above_chance_mean"] == pytest.approx(0.25)
     assert "Engram_memory_off_given_after_retained_mean" not in flat
     assert flat["Engram_given_after_sd"] == 0
+
+
+def test_what_a_part_leaves_is_told_where_all_seeds_had_a_score(recipe):
+    def row(part: str, kind: str, metric: str, above: float | None) -> dict:
+        return {
+            "suite": "two_source",
+            "part": part,
+            "kind": kind,
+            "metric": metric,
+            "above_chance": above,
+        }
+
+    seeds = [
+        [
+            row("as it is", "given/later", "right", 1.0),
+            row("rows permuted", "given/later", "right", value),
+            row("rows permuted", "given/later", "bits", 9.0),
+            row("rows permuted", "given/after", "right", other),
+        ]
+        for value, other in ((0.25, 0.5), (0.75, None))
+    ]
+    flat = recipe.two_source_summary.kept(SimpleNamespace(suites=seeds))
+    name = "kept_rows_permuted_two_source_given_later"
+    assert flat == {f"{name}_mean": 0.5, f"{name}_sd": pytest.approx(0.125**0.5)}
 
 
 @pytest.mark.long
