@@ -51,14 +51,18 @@ def summarise(
         "seeds": len(seeds),
         "tokens": runs[OWN][0]["tokens"],
         "chance": chance,
-        "training_seconds": sum(run["training_seconds"] for each in runs.values() for run in each),
         **asked(by_seed, chance, runs[OWN][0]["questions"]),
         **layers(analysis, found),
         **gates(analysis),
         **parts(analysis),
         **kept(analysis),
     }
-    record.write(flat, {"runs": runs, "asked": by_seed, "analysis": plain(analysis)}, seeds=seeds)
+    record.write(
+        flat,
+        {"runs": runs, "asked": by_seed, "analysis": plain(analysis)},
+        seeds=seeds,
+        before=sum(run["training_seconds"] for each in runs.values() for run in each),
+    )
     draw(flat, record.path)
     two_source_claims.draw(record.path)
     write_report(out / "report", analysis, command=f"$ {command}", about=machine())

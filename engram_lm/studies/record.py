@@ -21,11 +21,17 @@ class Record:
         self.started = time.perf_counter()
 
     def write(
-        self, summary: Mapping[str, float], raw: Mapping[str, Any], *, seeds: list[int]
+        self,
+        summary: Mapping[str, float],
+        raw: Mapping[str, Any],
+        *,
+        seeds: list[int],
+        before: float = 0.0,
     ) -> None:
         """Writes results/NAME.json under the working directory.
 
-        summary: flat, name -> number; the only place that README and docs quote from.
+        summary: flat, name -> number; the only place that README and docs quote from. before:
+        seconds that processes before this one took for it.
         """
         record = {
             "summary": dict(summary),
@@ -33,7 +39,7 @@ class Record:
             "commit": self.commit,
             "machine": machine(),
             "seeds": seeds,
-            "wall_seconds": time.perf_counter() - self.started,
+            "wall_seconds": before + time.perf_counter() - self.started,
             "raw": dict(raw),
         }
         self.path.parent.mkdir(exist_ok=True)
