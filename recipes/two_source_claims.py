@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from engram_lm.analysis.ablation_losses import retention
 from engram_lm.analysis.figures import BLUE, GRID, VERMILION, save, seeds
 from engram_lm.analysis.suite_ablation import WHOLE
 
@@ -47,15 +48,18 @@ INDEX = [
 """Soft alignment of Engram-27B's layers in MoE-27B's, read off likewise: 0 seems to be the
 embeddings, i the output of block i counted from one. The paper has no null."""
 KINDS = {
-    "trained_after": "trained, behind the name",
-    "trained_later": "trained, beyond an n-gram",
-    "given_after": "given, behind the name",
-    "given_later": "given, beyond an n-gram",
-    "unknown_after": "given, new name, behind",
-    "unknown_later": "given, new name, beyond",
+    "trained/after": "trained, behind the name",
+    "trained/later": "trained, beyond an n-gram",
+    "given/after": "given, behind the name",
+    "given/later": "given, beyond an n-gram",
+    "unknown/after": "given, new name, behind",
+    "unknown/later": "given, new name, beyond",
 }
 MARKS = {"trained/after": "s", "trained/later": "o", "given/later": "D"}
 LOOKS = {"Engram": (VERMILION, "s-"), "MoE": (BLUE, "o--")}
+
+Asked = dict[str, dict[str, float]]
+"""Switch -> kind of question -> share of right answers."""
 
 
 def draw(record: Path) -> None:
@@ -63,7 +67,7 @@ def draw(record: Path) -> None:
     read = json.loads(record.read_text())
     flat, analysis = read["summary"], read["raw"]["analysis"]
     figure, axes = plt.subplots(5, 2, figsize=(9.0, 16.5), layout="constrained")
-    _retained(axes[0], flat)
+    _retained(axes[0], read["raw"]["asked"], flat)
     _lens(axes[1], analysis["lens"])
     _alignment(axes[2], analysis["alignment"])
     _gates(axes[3], flat, analysis["gates"]["scores"][0])
@@ -80,29 +84,34 @@ def draw(record: Path) -> None:
     plt.close(figure)
 
 
-def _retained(axes: Any, flat: dict[str, float]) -> None:
+def _retained(axes: Any, by_seed: list[Asked], flat: dict[str, float]) -> None:
     own, paper = axes
+    chance = flat["chance"]
+
+    def kept(part: str, kind: str, above: float) -> list[float]:
+        """Per cent, seed by seed."""
+        arm = part.split(", ")[0]
+        return [100 * retention(seed[part][kind], seed[arm][kind], above) for seed in by_seed]
+
     for row, kind in enumerate(KINDS):
-        name = f"Engram_memory_off_{kind}_above_chance"
-        if f"{name}_mean" not in flat:
+        told = f"off_{kind.replace('/', '_')}_above_chance_mean"  # of a score above chance
+        if f"Engram_memory_{told}" not in flat:
             own.annotate("at chance with memory", (2, row), va="center", fontsize=8)
             continue
         colour = VERMILION if kind.startswith("trained") else BLUE
-        mean, sd = 100 * flat[f"{name}_mean"], 100 * flat.get(f"{name}_sd", 0.0)
-        own.barh(row, mean, xerr=sd, color=colour, height=0.6, error_kw={"lw": 1})
-        raw = 100 * flat[f"Engram_memory_off_{kind}_retained_mean"]
-        own.plot(raw, row, "D", color="white", markeredgecolor="black", markersize=5)
-        worst = [
-            100 * value
-            for key, value in flat.items()
-            if key.startswith("MoE_experts") and key.endswith(f"off_{kind}_above_chance_mean")
-        ]
-        if worst:
-            own.plot(min(worst), row, "k|", markersize=14)
+        values = kept("Engram, memory off", kind, chance)
+        own.barh(row, statistics.mean(values), color=colour, height=0.6)
+        own.plot(values, [row] * len(values), "ko", ms=3)
+        raw = statistics.mean(kept("Engram, memory off", kind, 0.0))
+        own.plot(raw, row + 0.4, "D", color="white", markeredgecolor="black", ms=4)
+        if f"MoE_experts_of_layer_0_{told}" in flat:
+            parts = [part for part in by_seed[0] if part.startswith("MoE, ")]
+            worst = np.min([kept(part, kind, chance) for part in parts], axis=0)
+            own.plot(worst, [row] * len(worst), "|", color="#777777", ms=14)
     own.set_yticks(range(len(KINDS)), list(KINDS.values()), fontsize=8)
     own.set_title(
-        "retained above chance, memory off\n"
-        "(diamond: not chance-corrected; line: MoE, worst layer's experts off)"
+        "retained above chance, memory off (dots: seeds; diamond: not\n"
+        "chance-corrected; lines: MoE, the worst layer's experts off)"
     )
     paper.barh(
         range(len(RETAINED)), list(RETAINED.values()), height=0.7,
@@ -197,7 +206,7 @@ def _controls(axes: Any, checkpoints: list[list[dict[str, Any]]]) -> None:
     parts = [part for part in dict.fromkeys(part for part, _ in kept) if part != WHOLE]
     for shift, (kind, mark) in enumerate(MARKS.items()):
         colour = VERMILION if kind.startswith("trained") else BLUE
-        label = KINDS[kind.replace("/", "_")]
+        label = KINDS[kind]
         own.plot([], [], mark, color=colour, ms=4, label=label)
         for row, part in enumerate(parts):
             values = kept.get((part, kind), [])
@@ -210,7 +219,7 @@ def _controls(axes: Any, checkpoints: list[list[dict[str, Any]]]) -> None:
     own.invert_yaxis()
     own.set_xlabel("per cent")
     own.set_title("retained above chance without a part; range over seeds")
-    own.legend(frameon=False, fontsize=7, loc="center")
+    paper.legend(*own.get_legend_handles_labels(), frameon=False, fontsize=8, loc="lower left")
     paper.axis("off")
     paper.text(
         0, 0.6, "Without single parts the paper gives losses\nof models trained so, no scores:\n"

@@ -63,7 +63,7 @@ def summarise(
         seeds=seeds,
         before=sum(run["training_seconds"] for each in runs.values() for run in each),
     )
-    draw(flat, record.path)
+    draw(record.path)
     two_source_claims.draw(record.path)
     write_report(out / "report", analysis, command=f"$ {command}", about=machine())
     return flat
