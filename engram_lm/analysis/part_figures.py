@@ -78,6 +78,7 @@ def auroc_dots(by_checkpoint: Sequence[Sequence[GateScore]]) -> Figure:
         gates = list(zip(*by_checkpoint, strict=True))
         figure, axes = blank(height=1.2 + 0.4 * len(gates))
         axes.axvline(0.5, color=INK, linewidth=1)
+        named: dict[str, tuple[str, str]] = {}
         for row, together in enumerate(gates):
             for name, shift, marker, colour in (
                 ("auroc_names", -0.15, "s", VERMILION),
@@ -90,16 +91,11 @@ def auroc_dots(by_checkpoint: Sequence[Sequence[GateScore]]) -> Figure:
                 low, high = min(means), max(means)
                 if len(known) == 1:
                     low, high = known[0]["low"], known[0]["high"]
-                label = name.removeprefix("auroc_") if row == 0 else None
                 axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=1.4)
-                axes.plot(
-                    np.mean(means),
-                    row + shift,
-                    marker,
-                    color=colour,
-                    markersize=4.5,
-                    label=label,
-                )
+                axes.plot(np.mean(means), row + shift, marker, color=colour, markersize=4.5)
+                named[name.removeprefix("auroc_")] = marker, colour
+        for name, (marker, colour) in named.items():
+            axes.plot([], [], marker, color=colour, markersize=4.5, label=name)
         first = [together[0] for together in gates]
         axes.set_yticks(
             range(len(first)),
@@ -112,7 +108,7 @@ def auroc_dots(by_checkpoint: Sequence[Sequence[GateScore]]) -> Figure:
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.grid(axis="x", color=GRID, linewidth=0.7)
-        axes.set_xlabel("AUROC of the gate: ends of names, frequent n-grams")
+        axes.set_xlabel("AUROC of the gate")
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside upper left", ncols=2, frameon=False)
         return figure

@@ -49,11 +49,12 @@ def verdict(found: Analysis) -> list[str]:
             other = losses[found.against]
             gap, error = found.bands.difference_mean, found.bands.difference_error
             assert gap is not None and error is not None
-            told = "not told apart: " if abs(gap) < 2 * error else ""
+            told = f"{found.name} predicts this text {'better' if gap < 0 else 'worse'} than"
+            if abs(gap) < 2 * error:
+                told = f"On this text {found.name} is not told apart from"
             said.append(
-                f"{found.name} predicts this text {'better' if gap < 0 else 'worse'} than "
-                f"{found.against}: {own.loss:.3f} against {other.loss:.3f} nats per token "
-                f"({told}{minus(f'{gap:+.3f}')}, standard error {error:.3f} over "
+                f"{told} {found.against}: {own.loss:.3f} against {other.loss:.3f} nats per token "
+                f"({minus(f'{gap:+.3f}')}, standard error {error:.3f} over "
                 f"{'windows of the text' if found.checkpoints == 1 else 'seeds'})."
             )
         off = losses.get(f"{found.name}, memory off")
