@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,51 @@ def test_the_page_on_analysis_says_what_its_report_costs():
     page = (ROOT / "docs" / "analysis.md").read_text()
     assert f"takes {cost['seconds_median']:.0f} s on {cost['threads']} cores" in page
     assert cost["seconds_max"] < 120
+
+
+def test_numbers_of_the_two_source_study_are_those_of_its_result():
+    record = json.loads((ROOT / "results" / "two_source.json").read_text())
+    flat, page = record["summary"], (ROOT / "docs" / "analysis.md").read_text()
+
+    def told(name: str, scale: float = 1, form: str = ".2f") -> str:
+        mean, sd = flat[f"{name}_mean"] * scale, flat[f"{name}_sd"] * abs(scale)
+        return f"{mean:{form}} ± {sd:{form}}"
+
+    def share(name: str) -> str:
+        return f"{told(name, 100, '.0f')} %"
+
+    assert flat["seeds"] == 3 and f"{flat['tokens'] / 1e6:.1f}M tokens" in page
+    off, kept = "Engram_memory_off_{}_above_chance", "kept_{}_two_source_{}"
+    for said in (
+        f"keeps {share(off.format('trained_after'))} of trained facts right behind the name, "
+        f"{share(off.format('trained_later'))} beyond an n-gram",
+        f"rows permuted {share(kept.format('rows_permuted', 'trained_after'))} stay, with random "
+        f"rows of equal norm {share(kept.format('random_rows_of_equal_norm', 'trained_after'))}",
+        f"of layer 5 keeps {share('MoE_experts_of_layer_5_off_trained_after_above_chance')}",
+        f"{share(off.format('given_after'))} of given facts right behind the name; "
+        f"{share(off.format('given_later'))} beyond an n-gram",
+        f"instead of none, {share(kept.format('updates_at_their_mean', 'given_later'))} beyond an "
+        f"n-gram, and {share(kept.format('updates_at_their_mean', 'trained_after'))} of trained",
+        f"over blocks: {told('lens_final_to_layer_Engram')} against "
+        f"{told('lens_final_to_layer_MoE')} of the MoE",
+        f"by {told('lens_loss_difference', -1)} nats",
+        f"of block 0: {told('alignment_index_block_0')}",
+        f"{flat['alignment_null_block_0_low']:.2f} to {flat['alignment_null_block_0_high']:.2f}",
+        f"{told('gate_auroc_names_layer_1_stream_0_order_2')} (layer 1) and "
+        f"{told('gate_auroc_names_layer_3_stream_0_order_2')} (layer 3)",
+        f"keep {share(kept.format('gates_at_their_mean', 'trained_after'))} of trained facts and "
+        f"cost {told('without_gates_at_their_mean')} nats",
+    ):
+        assert said in page
+    line = README.replace("\n", " ")
+    for kind in ("trained_after", "given_after", "given_later"):
+        assert f" {share(off.format(kind))}" in line
+    # "Know and read everything", "no block lies above", "one seed of three keeps less than half".
+    for arm, kind in product(("MoE", "Engram"), record["raw"]["asked"][0]["MoE"]):
+        assert flat[f"{arm}_{kind.replace('/', '_')}_mean"] > 0.995
+    for block in range(6):
+        index = flat[f"alignment_index_block_{block}_mean"]
+        assert index <= flat[f"alignment_null_block_{block}_high"]
+    for part in ("memory off", "layer 1 off"):
+        later = [seed[f"Engram, {part}"]["given/later"] for seed in record["raw"]["asked"]]
+        assert sum(score < 0.5 for score in later) == 1 and len(later) == 3
