@@ -1,4 +1,4 @@
-"""Four claims of the paper beside what recipes/two_source.py measured: ours left, theirs right;
+"""Claims of the paper beside what recipes/two_source.py measured: ours left, theirs right;
 below, the controls.
 
 Redrawn from a record alone: python recipes/two_source_claims.py results/two_source.json

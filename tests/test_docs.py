@@ -237,6 +237,8 @@ def test_numbers_of_the_two_source_study_are_those_of_its_result():
     # "Know and read everything", "no block lies above", "one seed of three keeps less than half".
     for arm, kind in product(("MoE", "Engram"), record["raw"]["asked"][0]["MoE"]):
         assert flat[f"{arm}_{kind.replace('/', '_')}_mean"] > 0.995
+    bands = record["raw"]["analysis"]["bands"]
+    assert abs(bands["difference_mean"]) < 2 * bands["difference_error"]  # "not told apart"
     for block in range(6):
         index = flat[f"alignment_index_block_{block}_mean"]
         assert index <= flat[f"alignment_null_block_{block}_high"]

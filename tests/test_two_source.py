@@ -33,6 +33,9 @@ def test_arms_are_equal_in_parameters_and_flops(recipe, study):
     for name in ("p_tot", "p_act", "flops_per_token"):
         assert engram[name] == pytest.approx(moe[name], rel=0.005)
     assert made["MoE"].memory is None and made["Engram"].memory is not None
+    for arm in recipe.ARMS:  # as docs/analysis.md has it
+        parameters = sum(each.numel() for each in EngramLMForCausalLM(made[arm]).parameters())
+        assert f"{parameters / 1e6:.1f}M" == {"twins": "5.3M", "text": "8.0M"}[study]
 
 
 def test_experts_of_a_layer_are_off_and_come_back(recipe):
