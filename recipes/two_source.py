@@ -11,7 +11,7 @@ and with parts switched off: the Engram arm without its memory and each of its p
 control the MoE without the routed experts of one layer, each layer in turn. Retention is raw, as
 the paper has it, and above chance. On held-out text: when predictions are ready (LogitLens), which
 layers are alike (CKA at the last tokens of names, beside two seeds of the MoE), what gates tell
-apart.
+apart; with memory off, when predictions are ready without it.
 
 A run trains in runs/STUDY/SEED/ARM (goes on where it was interrupted), and leaves what was
 measured of it in results/STUDY/, so that six runs may be six sittings. When all are there,
@@ -35,7 +35,7 @@ from two_source_studies import HELD_OUT, STUDIES, Twins
 
 from engram_lm import CanonicalMap, EngramLMForCausalLM, whole
 from engram_lm.analysis import ablation
-from engram_lm.analysis.analyze import OF_ALL, PARTS
+from engram_lm.analysis.analyze import PARTS, WITHOUT_MEMORY
 from engram_lm.analysis.measure import measure
 from engram_lm.errors import DataError
 from engram_lm.evaluate.answers import Question, answers
@@ -129,7 +129,7 @@ def measured(study: Twins, trained: Run, arm: str, training: Continuous, out: Pa
         read,
         canonical.ids_V.numpy(),
         read.counts(canonical, MAX_ORDER),
-        PARTS if arm == "Engram" else OF_ALL,
+        PARTS if arm == "Engram" else WITHOUT_MEMORY,
     )
     assert found.states_AID is not None
     found.states_AID = found.states_AID[:, :STATES]
@@ -179,11 +179,13 @@ def main() -> None:
     for seed in arguments.seeds:
         config = TrainConfig(**{"tokens": arguments.tokens, **sizes, "seed": seed})
         left = [arm for arm in arguments.arms if not done(results / f"{arm}-{seed}.json", config)]
-        training = stream(study, config.tokens, seed) if left else None
         for arm in arguments.arms:
-            if arm not in left or training is None:
+            if arm not in left:
                 console.print(f"{arm}, seed {seed}: measured before")
-                continue
+        if not left:
+            continue
+        training = stream(study, config.tokens, seed)
+        for arm in left:
             trained = run(study, arm, training, config, out)
             measured(study, trained, arm, training, results)
     paths = [results / f"{arm}-{seed}.json" for arm in ARMS for seed in arguments.seeds]

@@ -128,7 +128,7 @@ def _retained(axes: Any, by_seed: list[Asked], flat: dict[str, float]) -> None:
 
 def _lens(axes: Any, lenses: dict[str, Any]) -> None:
     own, paper = axes
-    for name, (colour, line) in LOOKS.items():
+    for name, (colour, line) in {**LOOKS, "Engram, memory off": (VERMILION, "^:")}.items():
         lens = lenses[name]
         blocks = [place for place, at in enumerate(lens["at"]) if at == "block"]
         values = [lens["normed"]["final_to_layer"][place] for place in blocks]
@@ -136,7 +136,8 @@ def _lens(axes: Any, lenses: dict[str, Any]) -> None:
         own.plot(layers, [v["mean"] for v in values], line, color=colour, ms=4, label=name)
         bounds = np.array([(v["low"], v["high"]) for v in values], dtype=float)
         own.fill_between(layers, *bounds.T, color=colour, alpha=0.2, linewidth=0)
-        paper.plot(range(len(LENS[name])), LENS[name], line, color=colour, ms=3, label=name)
+        if name in LENS:
+            paper.plot(range(len(LENS[name])), LENS[name], line, color=colour, ms=3, label=name)
     own.set_title("KL(final ‖ block), final norm; 95 % over texts and seeds")
     paper.set_title("KL by layer (direction and norm not stated)")
     _by_layer(axes, "nats")
@@ -144,21 +145,20 @@ def _lens(axes: Any, lenses: dict[str, Any]) -> None:
 
 def _alignment(axes: Any, found: dict[str, Any]) -> None:
     own, paper = axes
-    drawn = {"Engram in MoE": (found["index"], found["likest"], LOOKS["Engram"])}
+    many = round(len(found["index"]) ** 0.5)  # of each arm
+    drawn = {"Engram in MoE": (found["index"], LOOKS["Engram"][0], "-")}
     if found["null_index"]:
-        null = found["null_index"], found["null_likest"], LOOKS["MoE"]
-        drawn["null: two seeds of MoE"] = null
-    for label, (pairs, likest, (colour, line)) in drawn.items():
-        values = np.array(pairs)
-        places = range(values.shape[1])
-        own.plot(places, likest, line[0], color=colour, ms=8, mfc="none", label=f"{label}: likest")
-        own.plot(places, values.mean(0), line, color=colour, ms=4, label=label)
-        own.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+        drawn["null: other MoEs in it"] = (found["null_index"], LOOKS["MoE"][0], "--")
+    for label, (pairs, colour, line) in drawn.items():
+        values = np.array(pairs).reshape(many, -1, len(found["likest"])).mean(1)
+        for seed, (index, mark) in enumerate(zip(values, "so^v<>", strict=False)):
+            named_so = f"{label}, seed {seed}"
+            own.plot(index, line, marker=mark, color=colour, ms=4, label=named_so)
     colour, line = LOOKS["Engram"]
     paper.plot(range(len(INDEX)), INDEX, line, color=colour, ms=3, label="Engram in MoE")
     for axis, layers in ((own, len(found["index"][0])), (paper, len(INDEX))):
         axis.plot([0, layers - 1], [0, layers - 1], color=GRID)
-    own.set_title("soft alignment, range over pairs; hollow: the likest block")
+    own.set_title("soft alignment in each MoE: compare equal marks")
     paper.set_title("soft alignment (no null)")
     _by_layer(axes, "index")
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken
 
 from engram_lm import corpus, preset
-from engram_lm.analysis.material import Material, encoded
+from engram_lm.analysis.material import Material, validation
 from engram_lm.evaluate.answers import Question
 from engram_lm.evaluate.rendering import rendered, tokenizer_of
 from engram_lm.evaluate.suites.two_source import PAD, SEPARATOR, TwoSource
@@ -164,10 +164,8 @@ class Text(Twins):
 
     def material(self, training_T: npt.NDArray[np.integer], questions: int) -> Material:
         """WordNet's validation documents alone: real text with real names."""
-        texts = ((text, True) for text in corpus.documents("validation"))
         return Material(
-            text="WordNet's validation documents",
-            **encoded(texts, self.tokenizer, (1_024 if self.small else self.judged) + 1),
+            **validation(self.tokenizer, (1_024 if self.small else self.judged) + 1),
             corpus="the training documents",
             corpus_C=training_T.astype(np.int64),
             suites=(self.world, WordnetFacts()),

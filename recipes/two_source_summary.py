@@ -104,31 +104,40 @@ def asked(
 
 
 def layers(analysis: Analysis, found: dict[str, list[Measured]]) -> dict[str, float]:
-    """LogitLens and alignment, seed by seed: areas over blocks but the last, and how far the index
-    lies above the null's; which block is most like each (k = 1), for of few layers the index of 5
-    lies in the middle whatever they are."""
+    """LogitLens, seed by seed: block by block, and means over all blocks but the last and over
+    those below the middle. Alignment, MoE by MoE, for an index depends on whose blocks it counts
+    in: the index, the null's, and how far one lies above the other; which block is most like each
+    (k = 1), for of few layers the index of 5 lies in the middle whatever they are."""
     flat: dict[str, float] = {}
     for measure in ("final_to_layer", "layer_to_final", "loss"):
-        areas = {
-            arm: [each.lens.of_blocks(measure)[:-1].mean() for each in checkpoints if each.lens]
+        blocks = {
+            arm: np.array(
+                [each.lens.of_blocks(measure).mean(1) for each in checkpoints if each.lens]
+            )
             for arm, checkpoints in found.items()
         }
-        for arm, values in areas.items():
-            flat |= named(f"lens_{measure}_{arm}", [float(value) for value in values])
-        gaps = [float(own - other) for own, other in zip(*areas.values(), strict=True)]
-        flat |= named(f"lens_{measure}_difference", gaps)
+        off = [each.lens_off.of_blocks(measure).mean(1) for each in found[OWN] if each.lens_off]
+        blocks[f"{OWN}_memory_off"] = np.array(off)
+        blocks["difference"] = blocks[OWN] - blocks[OTHER]
+        for arm, values in blocks.items():
+            layers = values.shape[1]
+            flat |= named(f"lens_{measure}_{arm}", values[:, :-1].mean(1).tolist())
+            lower = values[:, : layers // 2].mean(1).tolist()
+            flat |= named(f"lens_{measure}_{arm}_below_middle", lower)
+            for layer in range(layers):
+                flat |= named(f"lens_{measure}_{arm}_block_{layer}", values[:, layer].tolist())
     aligned = analysis.alignment
     assert aligned is not None
-    # Pairs share checkpoints: of the index, those of one Engram seed are one value.
-    index = np.array(aligned.index).reshape(len(found[OTHER]), len(found[OWN]), -1).mean(0)
-    for layer in range(index.shape[1]):
+    index = np.array(aligned.index).reshape(len(found[OTHER]), -1, len(aligned.likest)).mean(1)
+    for layer, likest in enumerate(aligned.likest):
         flat |= named(f"alignment_index_block_{layer}", index[:, layer].tolist())
-        flat[f"alignment_most_like_block_{layer}"] = aligned.likest[layer]
+        flat[f"alignment_most_like_block_{layer}"] = likest
         if aligned.null_index:
+            above = [moe[layer] for moe in aligned.above]
+            flat |= named(f"alignment_above_null_block_{layer}", above)
+            null = (index[:, layer] - above).tolist()
+            flat |= named(f"alignment_null_block_{layer}", null)
             flat[f"alignment_null_most_like_block_{layer}"] = aligned.null_likest[layer]
-            null = [pair[layer] for pair in aligned.null_index]
-            flat[f"alignment_null_block_{layer}_low"] = min(null)
-            flat[f"alignment_null_block_{layer}_high"] = max(null)
     return flat
 
 

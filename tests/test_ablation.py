@@ -187,6 +187,34 @@ def test_random_rows_keep_their_norms_and_are_the_same_for_a_row_every_time():
     assert np.abs(np.corrcoef(many.T.numpy()) - np.eye(16)).max() < 0.1
 
 
+def test_random_rows_are_read_with_the_norms_of_those_that_they_replace(ids):
+    model = trained_model(1, True, 2)
+    read: dict[str, list[torch.Tensor]] = {"rows": [], "random": []}
+
+    def kept(name):
+        def keep(_layer, vectors_BTM, _rows_BTH):
+            read[name].append(vectors_BTM.unflatten(-1, (-1, model.config.memory_config.head_dim)))
+            return vectors_BTM
+
+        return ablation.altered(ablation.memory_decoder(model), keep)
+
+    with kept("rows"):
+        logits(model, ids)
+    with ablation.rows_random(model), kept("random"):
+        logits(model, ids)
+    for rows, drawn in zip(*read.values(), strict=True):
+        assert torch.allclose(rows.norm(dim=-1), drawn.norm(dim=-1), rtol=1e-5)
+        assert rows.norm(dim=-1).std() > 1e-4 and not torch.allclose(rows, drawn, atol=1e-3)
+
+
+def test_memory_off_inside_memory_off_stays_off(model, ids):
+    with ablation.memory_off(model):
+        wanted = logits(model, ids)
+        with ablation.memory_off(model):
+            pass
+        assert torch.equal(logits(model, ids), wanted)
+
+
 def test_what_is_not_there_is_refused():
     model = trained_model(1, True, 2)
     for wrong, words in (

@@ -60,7 +60,7 @@ def test_each_part_has_a_verb(saved, tmp_path, capsys, verb):
     assert main(command) == 0
     shown = capsys.readouterr().out
     titles = {
-        "gates": "gates: white 0, blue 1",
+        "gates": "gates: white 0, orange 1",
         "lens": "each place read by the model's head",
         "bands": "loss, nats per token",
         "addresses": "who shares rows",
@@ -99,19 +99,21 @@ def test_gates_colours_any_sentence(saved, capsys):
     ("arguments", "said"),
     [
         (["gates", "plain"], "gates: a memory is needed"),
-        (["addresses", "a/model"], "addresses: a corpus is needed"),
-        (["alignment", "a/model"], "a model to compare with is needed"),
+        (["addresses", "a/model"], "addresses: a corpus (--corpus) is needed"),
+        (["alignment", "a/model"], "a model to compare with"),
         (["gates", "nowhere"], "nowhere: no config.json"),
         (["lens", "a/model", "plain"], "seeds of one model have one configuration"),
         (["bands", "a/model", "--set=analyze.context=2"], "context=2"),
         (["bands", "a/model", "--set=analyze.tokens=100000"], None),
+        (["bands", "plain"], None),
+        (["ablation", "a/model", "--set=suites.heads=3"], "suites.heads=true or false"),
         (["gates", "a/model", "--sentence", ""], "text=''"),
         (["analyze", "a/model", "--out", "x", "--parts=all"], "'all'"),
         (["ablation", "a/model", "--set=suites.names=mqra"], "suite 'mqra': unknown"),
         (["bands", "a/model", "b/model", "a/model"], "named twice"),
         (["bands", "a/model", "--out", "text.txt"], "text.txt: not a directory"),
         (["ablation", "a/model", "--set=minimal_pairs.foo=3"], "minimal_pairs.foo: unknown"),
-        (["analyze", "a/model", "--out", "x", "--parts=gates,addresses"], "a corpus is needed"),
+        (["analyze", "a/model", "--out", "x", "--parts=gates,addresses"], "a corpus (--corpus)"),
         (["ablation", "a/model", "--set=suites.seed=1"], "suites.names=a,b"),
         (["ablation", "a/model", "--set=suites.names=frequency_bands"], "a part of its own"),
     ],
@@ -120,7 +122,7 @@ def test_bad_input_gets_one_line(saved, capsys, monkeypatch, arguments, said):
     monkeypatch.chdir(saved)
     status = main([*arguments, "--text", "text.txt"])
     captured = capsys.readouterr()
-    if said is None:  # a text shorter than what was asked for is read whole
+    if said is None:  # a text shorter than what was asked for; a model without memory alone
         assert status == 0
         return
     assert status == 2 and said in captured.err and captured.err.count("\n") == 1

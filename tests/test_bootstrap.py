@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engram_lm.analysis.bootstrap import interval
+from engram_lm.analysis.bootstrap import interval, interval_over_seeds, retained_interval
 from engram_lm.errors import DataError
 
 
@@ -30,3 +30,25 @@ def test_the_same_seed_gives_the_same_interval_and_one_text_gives_none():
     assert not np.array_equal(interval(values), interval(values, seed=1))
     with pytest.raises(DataError, match="1 text: an interval needs 2 or more"):
         interval(np.ones((3, 1)))
+
+
+def test_intervals_over_seeds_draw_seeds_and_texts():
+    drawn = np.random.default_rng(0)
+    values = drawn.normal(size=(2, 3, 40)) + np.array([0, 10])[:, None, None]
+    bounds = interval_over_seeds(values)
+    # Of two seeds, a quarter of all draws are one of them twice: the interval spans both.
+    assert (bounds[:, 0] < 0.5).all() and (bounds[:, 1] > 9.5).all()
+    assert (interval_over_seeds(values[:1]) == interval(values[0])).all()
+    alike = np.repeat(values[:1], 2, axis=0)
+    # Seeds that are alike add nothing; draws differ by what both calls take from the generator.
+    assert interval_over_seeds(alike) == pytest.approx(interval(values[0]), abs=0.05)
+
+
+def test_what_is_retained_has_an_interval_and_needs_a_score_above_chance():
+    drawn = np.random.default_rng(0)
+    full, part = (drawn.random(400) < 0.8).astype(float), (drawn.random(400) < 0.4).astype(float)
+    low, high = retained_interval(part, full, 0.2)
+    assert low < (part.mean() - 0.2) / (full.mean() - 0.2) < high and high - low < 0.25
+    assert retained_interval(full, full, 0.2) == pytest.approx((1, 1))
+    with pytest.raises(DataError, match="not told from chance"):
+        retained_interval(part, (drawn.random(400) < 0.21).astype(float), 0.2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cka.hsic import hsic
 
-from engram_lm.analysis.cka import CKA, alignment, centred
+from engram_lm.analysis.cka import CKA, alignment_index, centred
 from engram_lm.errors import DataError
 
 N, D = 24, 7
@@ -77,7 +77,7 @@ def test_minibatches_give_what_the_whole_gives():
     assert parts.value().item() == pytest.approx(cka(first, second).item(), abs=0.02)
 
 
-def test_means_are_taken_before_the_ratio_and_batches_can_be_drawn():
+def test_means_are_taken_before_the_ratio():
     first, other = drawn(1, N, D), drawn(1, N, D, seed=4)
     parts = CKA()
     parts.add(3 * first, 3 * first)  # 81 times the HSIC of the next batch
@@ -87,8 +87,6 @@ def test_means_are_taken_before_the_ratio_and_batches_can_be_drawn():
     norm = ((81 * within + within) * (81 * within + within_other)) ** 0.5
     assert parts.value().item() == pytest.approx((81 * within + across) / norm, rel=TOLERANCE)
     assert parts.value().item() > 0.9  # the mean of the two ratios is near 0.5
-    assert parts.value(torch.tensor([0, 0])).item() == pytest.approx(1)
-    assert parts.value(torch.tensor([1])).item() == pytest.approx(cka(first, other).item())
 
 
 def test_float32_inputs_are_summed_in_float64():
@@ -99,11 +97,11 @@ def test_float32_inputs_are_summed_in_float64():
 
 def test_the_alignment_index_is_the_weighted_place_of_the_likest_layers():
     matrix = torch.tensor([[0.1, 0.5], [0.2, 0.9], [0.8, 0.3], [0.9, 0.1]], dtype=torch.float64)
-    found = alignment(matrix, neighbours=2)
+    found = alignment_index(matrix, neighbours=2)
     assert found.tolist() == pytest.approx([(0.8 * 2 + 0.9 * 3) / 1.7, (0.5 * 0 + 0.9 * 1) / 1.4])
     deep = torch.eye(30, dtype=torch.float64)
     deep += 1e-3 * drawn(30, 30).abs()
-    assert alignment(deep).sub(torch.arange(30)).abs().max() < 1
+    assert alignment_index(deep).sub(torch.arange(30)).abs().max() < 1
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -114,4 +112,4 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(DataError, match="no batches"):
         CKA().value()
     with pytest.raises(DataError, match="neighbours=5: 1 to 4"):
-        alignment(drawn(4, 4))
+        alignment_index(drawn(4, 4))

@@ -30,9 +30,11 @@ def test_python_snippets_run(page, capsys, monkeypatch):
         exec(compile(snippet, str(page), "exec"), {})
 
 
-def test_every_command_in_the_readme_is_one_that_parses():
-    (shell,) = blocks(README, "sh")
-    for line in shell.splitlines():
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "analysis.md"])
+def test_every_command_is_one_that_parses(page):
+    lines = [line for shell in blocks(page.read_text(), "sh") for line in shell.splitlines()]
+    assert lines
+    for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "engram"
         parser().parse_args(arguments)

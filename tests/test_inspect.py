@@ -33,7 +33,7 @@ def test_rows_norms_and_canonical_ids_are_those_of_the_tables(model, tokenizer):
     addresses = model.model.addresses
     assert found.canonical_ids == addresses.canonical.ids_V[ids[0]].tolist()
     rows = addresses.rows(ids)[:, 0]
-    assert found.rows == rows.tolist()
+    assert found.trace.rows == rows.tolist()
     for place, layer in enumerate(addresses.layers):
         wanted = model.model.tables[str(layer)].weight[rows[place]].detach().norm(dim=-1)
         assert torch.allclose(torch.tensor(found.norms[place]), wanted)
@@ -124,7 +124,10 @@ def test_the_command_prints_what_the_function_finds(directory, tokenizer, capsys
     printed = json.loads(capsys.readouterr().out)
     model = EngramLMForCausalLM.from_pretrained(directory / "with")
     plain = inspect(model, tokenizer, TEXT)
-    assert printed["rows"] == plain.rows and printed["canonical_ids"] == plain.canonical_ids
+    assert (
+        printed["trace"]["rows"] == plain.trace.rows
+        and printed["canonical_ids"] == plain.canonical_ids
+    )
     for effect, wanted in zip(printed["effects"], plain.effects, strict=True):
         assert effect["row"] == wanted.row and effect["sharers"] >= 1  # the text is in the corpus
         assert effect["divergence"] == pytest.approx(wanted.divergence, abs=1e-9)
@@ -160,7 +163,7 @@ def test_what_cannot_be_inspected_is_one_line(directory, capsys, monkeypatch, ar
 
 
 def test_tokens_stand_on_the_colours_of_their_largest_gates(model, tokenizer):
-    assert colour(0.0) == "black on rgb(255,255,255)" and colour(1.0) == "white on rgb(8,81,156)"
+    assert colour(0.0) == "black on rgb(255,255,255)" and colour(1.0) == "black on rgb(213,94,0)"
     trace = gate_trace(model, tokenizer, "Zürich, 世界!")
     text = gate_text(trace)
     assert text.plain == "<|endoftext|>Zürich, 世界!"

@@ -13,6 +13,7 @@ PACKAGE = Path(engram_lm.__file__).parent
 # memory <- store <- model <- evaluate, serving, simulate <- train, analysis <- studies <- cli
 FLOORS = {
     "errors": 0,
+    "whole": 0,
     "memory": 1,
     "auto": 1,
     "config": 1,
@@ -35,6 +36,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
+            if node.module == "engram_lm":
+                found.update(f"engram_lm.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
     return found

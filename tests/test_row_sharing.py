@@ -1,6 +1,7 @@
 """Rows shared by a corpus's n-grams: against counting in Python, planted ones, and the formulas."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from tiny import VOCABULARY, canonical_map
 
 from engram_lm import Specification, corpus
 from engram_lm.analysis import row_sharing
-from engram_lm.analysis.auroc import auroc
 from engram_lm.analysis.row_sharing import RowSharing
 from engram_lm.errors import DataError
 from engram_lm.memory.canonical import CanonicalMap
@@ -46,6 +46,40 @@ def test_sharers_are_those_that_python_counts(order, monkeypatch):
         read = [known for (at, _), known in readers.items() if at == head]
         assert one.untouched == one.rows - len(read) and one.most == max(map(len, read))
         assert one.shared == sum(len(k) for k in read if len(k) > 1) / len(ngrams)
+
+
+@pytest.mark.parametrize("rule", ["document", "eos"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_ngrams_are_those_that_the_boundary_rule_addresses(rule, order, monkeypatch):
+    monkeypatch.setattr(row_sharing, "CHUNK", 5)  # so that documents reach over chunks
+    plain = addresses()
+    known = Addresses(replace(plain.specification, boundary_rule=rule), plain.canonical)
+    drawn = np.random.default_rng(1)
+    ids = drawn.integers(2, VOCABULARY, 200)
+    starts = drawn.random(200) < 0.2
+    if rule == "eos":
+        ids[starts] = known.specification.pad_id
+        begins = np.concatenate([[False], starts[:-1]])  # the separator ends its document
+    else:
+        begins = starts
+    found = RowSharing(known, ids, 2, order, starts)
+    canonical_V = known.canonical.ids_V.numpy()
+    pad, readers = canonical_V[known.specification.pad_id], defaultdict(set)
+    given = torch.from_numpy(starts)[None]
+    rows = known.rows(torch.from_numpy(ids)[None], document_starts=given)[1, 0].numpy()
+    columns = list(range((order - 2) * 2, (order - 1) * 2))
+    for end in range(order - 1, len(ids)):
+        first = max((at for at in range(end + 1) if begins[at]), default=0)
+        ngram = tuple(
+            canonical_V[ids[at]] if at >= first else pad for at in range(end - order + 1, end + 1)
+        )
+        for head in columns:
+            readers[head, rows[end, head]].add(ngram)
+    wanted = [[len(readers[head, row[head]]) for head in columns] for row in rows[order - 1 :]]
+    assert found.of(rows[order - 1 :, columns]).tolist() == wanted
+    crossing = RowSharing(plain, ids, 2, order, starts)  # which heeds no document
+    # A bigram behind an EOS holds that as its pad: there alone the two rules agree.
+    assert (found.distinct < crossing.distinct) == ((rule, order) != ("eos", 2))
 
 
 def test_a_planted_collision_is_found_and_told_from_one_in_a_single_head():
@@ -96,18 +130,6 @@ def test_what_is_counted_on_text_is_what_chance_gives():
             assert head.untouched == pytest.approx(head.untouched_expected, rel=0.05)
             assert head.load == found.distinct / head.rows
         assert found.every_head == pytest.approx(found.every_head_expected, rel=0.15)
-
-
-def test_auroc_is_the_share_of_pairs_in_order():
-    drawn = np.random.default_rng(1)
-    scores, positive = drawn.integers(0, 12, 80) / 12, drawn.random(80) < 0.3
-    pairs = [(a > b) + (a == b) / 2 for a in scores[positive] for b in scores[~positive]]
-    assert auroc(scores, positive) == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert auroc(np.array([0.1, 0.2, 0.9]), np.array([False, False, True])) == 1
-    assert auroc(np.array([0.9, 0.2, 0.1]), np.array([False, True, True])) == 0
-    assert auroc(np.ones(4), np.array([True, False, True, False])) == 0.5
-    with pytest.raises(DataError, match="0 positive and 3 negative"):
-        auroc(np.ones(3), np.zeros(3, dtype=bool))
 
 
 def test_too_few_ids_are_refused():

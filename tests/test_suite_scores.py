@@ -24,6 +24,7 @@ from engram_lm.evaluate.suite_scores import (
     SUITES,
     SuiteScore,
     ordinary_ids,
+    parameters_of,
     statement,
     suite_scores,
 )
@@ -186,6 +187,8 @@ def test_bits_of_a_person_are_those_that_learned_bits_sums_up():
     assert by_kind(scores) == dict.fromkeys(world.attributes, 1.0)
     (bits,) = by_kind(scores, "bits").values()
     assert bits * number == pytest.approx(world.bits)
+    own = sum(each.numel() for each in model.parameters())
+    assert by_kind(scores, "bits_per_parameter") == {"everyone": pytest.approx(world.bits / own)}
     half = {prompt: said for prompt, said in known.items() if said % 2}
     partly = Planted(world.vocabulary, half)
     (bits,) = by_kind(suite_scores(partly, tokenizer, world), "bits").values()
@@ -340,14 +343,18 @@ def test_rows_are_means_over_seeds_and_retain_only_what_all_of_them_have():
     assert row["sd"] == pytest.approx(0.125 * math.sqrt(2)) and row["off_value"] == 0.125
     assert row["low"] <= row["value"] <= row["high"] and row["questions"] == 36
     assert row["retained"] == pytest.approx((0.5 + 0) / 2)
-    assert row["retained_above_chance"] == pytest.approx((0.15 / 0.4 + -0.1 / 0.65) / 2)
-    for chance in (0.5, None):
-        wanted = [score([1, 1, 0, 0], chance)]
-        (row,) = evaluate_suites.rows({"on": wanted, "off": wanted})
-        assert row["retained"] is row["retained_above_chance"] is row["sd"] is None
+    assert row["above_chance"] == pytest.approx((0.15 / 0.4 + -0.1 / 0.65) / 2)
+    (row,) = evaluate_suites.rows({"on": [score([1, 1, 0, 0], 0.5)], "off": [score([1, 0, 0, 0])]})
+    assert row["retained"] is row["above_chance"] is row["sd"] is None
+    unknown = [score([1, 1, 0, 0] * 9, None)]
+    (row,) = evaluate_suites.rows({"on": unknown, "off": unknown})
+    assert row["retained"] == 1 and row["above_chance"] is None
+    unknown[0][0] = replace(unknown[0][0], metric="bits_per_byte")  # less is better
+    (row,) = evaluate_suites.rows({"on": unknown, "off": unknown})
+    assert row["retained"] is row["above_chance"] is None
     few = [score([1, 1, 0, 0], 0.4)]  # 0.5 of four questions is not told from a guess of 0.4
     (row,) = evaluate_suites.rows({"on": few, "off": few})
-    assert row["retained"] is row["retained_above_chance"] is None
+    assert row["retained"] is row["above_chance"] is None
     (row,) = evaluate_suites.rows({"off": [score([1])]})
     assert row["low"] is row["high"] is None and "retained" not in row
 
@@ -374,6 +381,27 @@ def evaluated(capsys, *arguments: object) -> dict:
     assert main(["eval", *map(str, arguments), "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     return json.loads(line)
+
+
+def test_parameters_are_counted_wherever_they_are(saved):
+    model = EngramLMForCausalLM.from_pretrained(saved[0])
+    disk = EngramLMForCausalLM.from_pretrained(saved[0], memory="disk", memory_budget="1MB")
+    found = parameters_of(model)
+    assert found == parameters_of(disk)
+    assert found["parameter"] == sum(each.numel() for each in model.parameters())
+    idle = 0
+    for table in model.model.tables.values():
+        idle += table.weight.numel() - 2 * model.config.memory_config.specification.heads * (
+            model.config.memory_config.head_dim
+        )
+    for layer in model.model.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        if experts is not None:
+            size = sum(each.numel() for each in experts.parameters())
+            share = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts
+            idle += round(share * size)
+    assert found["active_parameter"] == found["parameter"] - idle
+    disk.model.served.close()
 
 
 FEW = [

@@ -26,6 +26,7 @@ class Planted(torch.nn.Module):
     def __init__(self, vocabulary: int, known: dict[tuple[int, ...], int]) -> None:
         super().__init__()
         self.vocabulary, self.known = vocabulary, known
+        self.weight = torch.nn.Parameter(torch.zeros(7))
         self.longest = max(map(len, known), default=0)
 
     def forward(self, input_ids, logits_to_keep: int, **_options):

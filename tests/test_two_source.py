@@ -130,7 +130,9 @@ def test_the_recipe_runs_in_small_and_goes_on_where_it_was(
     assert first["lens_loss_difference_mean"] == pytest.approx(
         first["lens_loss_Engram_mean"] - first["lens_loss_MoE_mean"]
     )
-    assert first["alignment_null_block_0_low"] <= first["alignment_null_block_0_high"]
+    above = first["alignment_index_block_0_mean"] - first["alignment_null_block_0_mean"]
+    assert first["alignment_above_null_block_0_mean"] == pytest.approx(above)
+    assert "lens_final_to_layer_Engram_memory_off_block_0_mean" in first
     for suffix in ("svg", "png"):
         assert Path(f"results/{name}.{suffix}").stat().st_size > 1000
         assert Path(f"results/{name}_claims.{suffix}").stat().st_size > 1000

@@ -27,7 +27,8 @@ from engram_lm.model.decoder import MemoryDecoder
 
 @contextmanager
 def memory_off(model: Any) -> Iterator[None]:
-    """No row is read, nothing is added: the backbone alone."""
+    """No row is read, nothing is added: the backbone alone. ConfigError, here and below, for a
+    model without memory."""
     with memory_decoder(model).without_memory():
         yield
 
@@ -78,7 +79,8 @@ def order_off(model: Any, order: int) -> Iterator[None]:
 
 @contextmanager
 def gates_held(model: Any, gates: Mapping[int, Tensor]) -> Iterator[None]:
-    """Every token's gates are these: layer -> (S,), such as `mean_gates` gave."""
+    """Every token's gates are these: layer -> (S,), such as `mean_gates` gave. ConfigError for a
+    layer without memory."""
     with ExitStack() as stack:
         for layer, gate_S in gates.items():
 
@@ -92,7 +94,7 @@ def gates_held(model: Any, gates: Mapping[int, Tensor]) -> Iterator[None]:
 @contextmanager
 def updates_held(model: Any, updates: Mapping[int, Tensor]) -> Iterator[None]:
     """Every token is given this update: layer -> (S, D), such as `mean_updates` gave. Less foreign
-    to the backbone than none."""
+    to the backbone than none. ConfigError for a layer without memory."""
     with ExitStack() as stack:
         for layer, update_SD in updates.items():
 
@@ -118,14 +120,14 @@ def rows_permuted(model: Any, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def rows_random(model: Any, seed: int = 0) -> Iterator[None]:
+def rows_random(model: Any) -> Iterator[None]:
     """Every row keeps its norm and points elsewhere, where its layer and number say."""
     decoder = memory_decoder(model)
     dim = model.config.memory_config.head_dim
 
     def elsewhere(layer: int, vectors_BTM: Tensor, rows_BTH: Tensor) -> Tensor:
         rows_BTHE = vectors_BTM.unflatten(-1, (-1, dim))
-        drawn_BTHE = directions(rows_BTH, dim, (seed << 16) + layer).to(rows_BTHE)
+        drawn_BTHE = directions(rows_BTH, dim, layer).to(rows_BTHE)
         return (drawn_BTHE * rows_BTHE.norm(dim=-1, keepdim=True)).flatten(2)
 
     with altered(decoder, elsewhere):
@@ -249,7 +251,7 @@ def memory_decoder(model: Any) -> MemoryDecoder:
     """A model's decoder. ConfigError for one without a memory of its own."""
     decoder = model.base_model
     if not isinstance(decoder, MemoryDecoder) or decoder.config.memory is None:
-        raise ConfigError(f"{type(model).__name__}: no memory of its own to ablate")
+        raise ConfigError(f"{type(model).__name__}: no memory of its own")
     return decoder
 
 

@@ -41,7 +41,7 @@ class AblationLoss:
     """Order -> band -> change: by how often the suffix n-gram stood in training."""
 
 
-def parts(
+def ablations(
     model: Any, gates: dict[int, Tensor], updates: dict[int, Tensor], *, heads: bool
 ) -> dict[str, Ablation]:
     """Name -> ablation: all that ablation.py knows, for each layer and order, and for each head.
@@ -83,7 +83,7 @@ def ablation_losses(
     counts: of the n-grams of what the model was trained on; without them no bands. starts_T: True
     where a document starts, that sees nothing of the one before; None where documents run on.
     heads: each head alone as well. progress: told what begins. ConfigError for a model without
-    memory, DataError for a stream of fewer than two whole windows.
+    memory, DataError for a stream of fewer than two whole windows and losses that are not finite.
     """
     whole = (len(ids_T) - 1) // context * context
     if whole < 2 * context:
@@ -99,13 +99,15 @@ def ablation_losses(
             found = token_losses(
                 model, ids_T, context=context, batch=batch, starts_T=starts_T, autocast=autocast
             )
+        if not np.isfinite(found).all():
+            raise DataError(f"losses, {name}: some are not finite numbers")
         return found.astype(np.float64)
 
     with ablation.mean_gates(model) as gates, ablation.mean_updates(model) as updates:
         plain_T = losses("as it is", nullcontext)
     by_order = [window_bands(count, canonical_T, context, starts_T) for count in counts]
     found = []
-    for name, made in parts(model, gates, updates, heads=heads).items():
+    for name, made in ablations(model, gates, updates, heads=heads).items():
         losses_T = losses(name, made)
         change_T = losses_T - plain_T
         low, high = interval(change_T.reshape(-1, context).mean(axis=1))

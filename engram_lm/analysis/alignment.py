@@ -4,7 +4,7 @@ Shapes: A layers of the first, B of the second, I inputs, D width.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import combinations, product
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.cka import CKA, NEIGHBOURS, alignment
+from engram_lm.analysis.cka import CKA, NEIGHBOURS, alignment_index
 from engram_lm.analysis.findings import AlignmentFindings
 from engram_lm.analysis.gates import batched
 from engram_lm.analysis.material import Integers, Material
@@ -27,7 +27,8 @@ INPUTS = 1_024
 
 def places(material: Material) -> tuple[Integers, str]:
     """(I, 2): window and position of the inputs, and where they are: at the ends of names as the
-    paper has it, or evenly spread where the text has too few."""
+    paper has it, or evenly spread where the text has too few. DataError for fewer than BATCH
+    of these."""
     windows, context = len(material.windows_NT), material.context
     names = np.flatnonzero(material.names_T[: windows * context])
     if len(names) >= 4 * BATCH:
@@ -51,7 +52,8 @@ def states(
     batch: int,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """(layers, I, D): after each block, streams merged as the model merges them before its head."""
+    """(layers, I, D): after each block, streams merged as the model merges them before its head.
+    DataError where they are not finite numbers."""
     found: list[Tensor] = []
     order: list[npt.NDArray[np.int64]] = []
     with inference(model), watched(model) as residual:
@@ -96,13 +98,24 @@ def align(
     second_states: Sequence[Tensor],
     where: str,
 ) -> AlignmentFindings:
-    """All pairs of a checkpoint of the first with one of the second; the null: all pairs of two of
-    the first. States: one tensor of `states` for each checkpoint, of the same places."""
+    """All pairs of a checkpoint of the first with one of the second; the null: all ordered pairs of
+    two of the first. An index depends on which checkpoint's layers it counts in, so each is read
+    against the null in that same one. States: one tensor of `states` for each checkpoint, of the
+    same places."""
     across = [compared(one, other) for one, other in product(first_states, second_states)]
-    null = [compared(one, other) for one, other in combinations(first_states, 2)]
+    null = [compared(one, other) for one, other in permutations(first_states, 2)]
     neighbours = min(NEIGHBOURS, len(first_states[0]))
     mean_AB = torch.stack(across).mean(0)
     null_AA = torch.stack(null).mean(0) if null else None
+    index = [alignment_index(each, neighbours) for each in across]
+    null_index = [alignment_index(each, neighbours) for each in null]
+    above: list[list[float]] = []
+    if null and len(first_states[0]) == len(second_states[0]):
+        own_RB, null_RB = (
+            torch.stack(each).unflatten(0, (len(first_states), -1)).mean(1)
+            for each in (index, null_index)
+        )
+        above = (own_RB - null_RB).tolist()
     return AlignmentFindings(
         first=first,
         second=second,
@@ -111,9 +124,10 @@ def align(
         where=where,
         neighbours=neighbours,
         across=mean_AB.tolist(),
-        index=[alignment(each, neighbours).tolist() for each in across],
+        index=[each.tolist() for each in index],
         likest=mean_AB.argmax(0).tolist(),
         null=None if null_AA is None else null_AA.tolist(),
-        null_index=[alignment(each, neighbours).tolist() for each in null],
+        null_index=[each.tolist() for each in null_index],
+        above=above,
         null_likest=[] if null_AA is None else null_AA.argmax(0).tolist(),
     )

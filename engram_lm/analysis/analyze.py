@@ -23,7 +23,7 @@ from engram_lm.errors import ConfigError
 
 DEFAULT = ("gates", "lens", "bands", "addresses")
 PARTS = (*DEFAULT, "alignment", "ablation", "suites")
-OF_ALL = ("lens", "bands", "alignment")
+WITHOUT_MEMORY = ("lens", "bands", "alignment")
 """Parts that a model without memory can be asked for."""
 
 
@@ -77,7 +77,7 @@ def analyze(
                 material,
                 canonical_V,
                 counts,
-                wanted if each is subject else [part for part in wanted if part in OF_ALL],
+                wanted if each is subject else [part for part in wanted if part in WITHOUT_MEMORY],
                 traced=number == 0,
                 autocast=autocast,
                 progress=_numbered(progress, each, number),
@@ -106,10 +106,11 @@ def assemble(
             scores=_each("scores", own),
             highest=own[0].highest,
             lowest=own[0].lowest,
-            tokens=len(material.stream_T) - 1,
         )
     if own[0].lens is not None:
         made["lens"] = {each: lens_findings(_each("lens", of)) for each, of in found.items()}
+        if own[0].lens_off is not None:
+            made["lens"][f"{name}, memory off"] = lens_findings(_each("lens_off", own))
         if against is not None:
             made["lens_difference"] = lens_difference(
                 f"{name} \N{MINUS SIGN} {against}", _each("lens", own), _each("lens", other)
@@ -176,10 +177,10 @@ def _wanted(
     parts: Sequence[str] | None, has_memory: bool, has_other: bool, material: Material
 ) -> list[str]:
     needs = {
-        "a memory": [part for part in PARTS if part not in OF_ALL and not has_memory],
-        "a model to compare with": [] if has_other else ["alignment"],
-        "a corpus": ["addresses"] if material.corpus_C is None else [],
-        "a suite": [] if material.suites else ["suites"],
+        "a memory": [part for part in PARTS if part not in WITHOUT_MEMORY and not has_memory],
+        "a model to compare with (--against)": [] if has_other else ["alignment"],
+        "a corpus (--corpus)": ["addresses"] if material.corpus_C is None else [],
+        "a suite (--set suites.names=NAME)": [] if material.suites else ["suites"],
     }
     if parts is None:
         lacking = {part for named in needs.values() for part in named}

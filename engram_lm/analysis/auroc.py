@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from engram_lm.analysis.bootstrap import COVERAGE
+from engram_lm.analysis.bootstrap import TAILS, drawn_of
 from engram_lm.errors import DataError
 
 DRAWS = 500
@@ -26,19 +26,22 @@ def auroc(scores_T: npt.NDArray[np.floating], positive_T: npt.NDArray[np.bool_])
 
 
 def auroc_interval(
-    scores_NT: npt.NDArray[np.floating], positive_NT: npt.NDArray[np.bool_], *, seed: int = 0
+    scores_NT: npt.NDArray[np.floating],
+    positive_NT: npt.NDArray[np.bool_],
+    among_NT: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[float, float]:
-    """95 % of bootstraps over the N windows, whose tokens are alike. Draws in which one kind has no
-    token are left out; DataError where there are only such."""
+    """95 % of bootstraps over the N windows, whose tokens are alike. among_NT: tokens that count;
+    None: all. Draws in which one kind has no token are left out; DataError where there are only
+    such."""
     windows, tokens = scores_NT.shape
     _, place = np.unique(scores_NT.ravel(), return_inverse=True)
     groups = int(place.max()) + 1
     positive = positive_NT.ravel()
-    even = np.full(windows, 1 / windows)
-    drawn_RN = np.random.default_rng(seed).multinomial(windows, even, DRAWS)
+    counted = np.ones(scores_NT.size) if among_NT is None else among_NT.ravel().astype(np.float64)
+    drawn_RN = drawn_of(windows, np.random.default_rng(0), DRAWS)
     found = []
     for drawn_N in drawn_RN:
-        weights = np.repeat(drawn_N, tokens).astype(np.float64)
+        weights = np.repeat(drawn_N, tokens) * counted
         above = np.bincount(place, weights * positive, groups)
         below = np.bincount(place, weights * ~positive, groups)
         pairs = above.sum() * below.sum()
@@ -46,6 +49,5 @@ def auroc_interval(
             found.append(float(above @ (below.cumsum() - below / 2)) / pairs)
     if not found:
         raise DataError("no draw of windows holds tokens of both kinds")
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(found, (tail, 1 - tail))
+    low, high = np.quantile(found, TAILS)
     return float(low), float(high)

@@ -6,6 +6,7 @@ N-grams are of canonical ids and run across document separators, as a memory wit
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -18,6 +19,9 @@ BANDS = ("never", "1-9", "10-99", "100 and more")
 _STARTS = (0, 1, 10, 100)
 
 Integers = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.number]
+"""N-grams as int64, in positional notation; as complex128, two numbers each below 2 ** 53 and so
+exact, where an int64 is too small: 4-grams of the released vocabularies."""
 
 
 class BandLoss(TypedDict):
@@ -36,8 +40,8 @@ class NgramCounts:
     order: int
     base: int
     """Canonical ids lie below it."""
-    keys_K: Integers
-    """An n-gram as one number in positional notation, ascending."""
+    keys_K: Keys
+    """Ascending."""
     counts_K: Integers
 
     def of(self, canonical_T: npt.NDArray[np.integer]) -> Integers:
@@ -57,7 +61,8 @@ class NgramCounts:
 def count_ngrams(canonical_T: npt.NDArray[np.integer], order: int, *, base: int) -> NgramCounts:
     """Counts the n-grams of a stream; base: how many canonical ids there are.
 
-    One sort, about 0.1 s for each million tokens. DataError where base ** order exceeds an int64.
+    One sort, about 0.1 s for each million tokens. DataError for ids that are not below base, and
+    where n-grams are more than two numbers hold.
     """
     keys_K, counts_K = np.unique(ngram_keys(canonical_T, order, base), return_counts=True)
     return NgramCounts(order=order, base=base, keys_K=keys_K, counts_K=counts_K.astype(np.int64))
@@ -104,16 +109,31 @@ def loss_by_band(
     return rows
 
 
-def ngram_keys(canonical_T: npt.NDArray[np.integer], order: int, base: int) -> Integers:
-    """The n-gram that ends at each position but the first order - 1, as one number."""
-    if base**order > np.iinfo(np.int64).max:
-        raise DataError(
-            f"order={order}: {base} canonical ids give more n-grams than an int64 holds"
-        )
-    if len(canonical_T) and not 0 <= int(canonical_T.min()) <= int(canonical_T.max()) < base:
-        raise DataError(f"canonical ids up to {canonical_T.max()}: they must lie below base={base}")
+def ngram_keys(canonical_T: npt.NDArray[np.integer], order: int, base: int) -> Keys:
+    """The n-gram that ends at each position but the first order - 1. DataError: `count_ngrams`."""
     ends = max(0, len(canonical_T) - order + 1)
-    keys = np.zeros(ends, dtype=np.int64)
-    for position in range(order):
-        keys = keys * base + canonical_T[position : position + ends]
+    return keys_of([canonical_T[place : place + ends] for place in range(order)], base)
+
+
+def keys_of(canonical_ids: Sequence[npt.NDArray[np.integer]], base: int) -> Keys:
+    """Of n-grams whose first ids, second ids and so on these are. DataError: `count_ngrams`."""
+    order, half = len(canonical_ids), len(canonical_ids) // 2
+    for ids in canonical_ids:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < base:
+            raise DataError(f"canonical ids up to {ids.max()}: they must lie below base={base}")
+    if base**order <= np.iinfo(np.int64).max:
+        return _positional(canonical_ids, base)
+    if base ** (order - half) > 2**53:
+        raise DataError(f"order={order}: {base} canonical ids give more n-grams than two numbers")
+    # Complex numbers sort by their real parts, then by their imaginary ones.
+    keys = np.empty(len(canonical_ids[0]), dtype=np.complex128)
+    keys.real = _positional(canonical_ids[:half], base)
+    keys.imag = _positional(canonical_ids[half:], base)
+    return keys
+
+
+def _positional(canonical_ids: Sequence[npt.NDArray[np.integer]], base: int) -> Integers:
+    keys = np.zeros(len(canonical_ids[0]), dtype=np.int64)
+    for ids in canonical_ids:
+        keys = keys * base + ids
     return keys

@@ -6,7 +6,8 @@ import numpy.typing as npt
 from engram_lm.errors import DataError
 
 DRAWS = 2_000
-COVERAGE = 0.95
+TAILS = (0.025, 0.975)
+"""What intervals of 95 % leave out."""
 
 
 def interval(values_XN: npt.NDArray[np.floating], *, seed: int = 0) -> npt.NDArray[np.float64]:
@@ -18,15 +19,12 @@ def interval(values_XN: npt.NDArray[np.floating], *, seed: int = 0) -> npt.NDArr
     texts = values_XN.shape[-1]
     if texts < 2:
         raise DataError(f"{texts} text: an interval needs 2 or more")
-    drawn_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), DRAWS)
+    drawn_RN = drawn_of(texts, np.random.default_rng(seed))
     means_XR = values_XN.astype(np.float64) @ drawn_RN.T / texts
-    tail = (1 - COVERAGE) / 2
-    return np.stack(np.quantile(means_XR, (tail, 1 - tail), axis=-1), axis=-1)
+    return np.stack(np.quantile(means_XR, TAILS, axis=-1), axis=-1)
 
 
-def interval_over_seeds(
-    values_SXN: npt.NDArray[np.floating], *, seed: int = 0
-) -> npt.NDArray[np.float64]:
+def interval_over_seeds(values_SXN: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """The same where S checkpoints read the same N texts: both are drawn with replacement, each
     draw's texts for all its checkpoints. (..., 2). With S = 1 it says nothing of seeds.
 
@@ -34,35 +32,35 @@ def interval_over_seeds(
     """
     seeds, texts = values_SXN.shape[0], values_SXN.shape[-1]
     if seeds == 1:
-        return interval(values_SXN[0], seed=seed)
-    drawn = np.random.default_rng(seed)
-    texts_RN = drawn.multinomial(texts, np.full(texts, 1 / texts), DRAWS)
-    seeds_RS = drawn.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS)
+        return interval(values_SXN[0])
+    drawn = np.random.default_rng(0)
+    texts_RN, seeds_RS = drawn_of(texts, drawn), drawn_of(seeds, drawn)
     means_SXR = values_SXN.astype(np.float64) @ texts_RN.T / texts
     means_XR = np.einsum("s...r,rs->...r", means_SXR, seeds_RS) / seeds
-    tail = (1 - COVERAGE) / 2
-    return np.stack(np.quantile(means_XR, (tail, 1 - tail), axis=-1), axis=-1)
+    return np.stack(np.quantile(means_XR, TAILS, axis=-1), axis=-1)
 
 
 def retained_interval(
     part_N: npt.NDArray[np.floating],
     full_N: npt.NDArray[np.floating],
     chance: float = 0.0,
-    *,
-    seed: int = 0,
 ) -> tuple[float, float]:
     """Of (part - chance) / (full - chance), means over the same N questions, drawn together.
 
     DataError where the full score is not above chance in every draw within the interval: then what
     is retained of it is not known.
     """
-    if interval(full_N, seed=seed)[0] <= chance:
+    if interval(full_N)[0] <= chance:
         raise DataError(f"full={full_N.mean():g}: not told from chance={chance:g}")
     both_2N = np.stack([part_N, full_N]).astype(np.float64)
     texts = both_2N.shape[1]
-    drawn_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), DRAWS)
+    drawn_RN = drawn_of(texts, np.random.default_rng(0))
     part_R, full_R = both_2N @ drawn_RN.T / texts - chance
-    kept_R = (part_R / np.where(full_R > 0, full_R, np.nan)).astype(np.float64)
-    tail = (1 - COVERAGE) / 2
-    low, high = np.nanquantile(kept_R, (tail, 1 - tail))
+    kept_R = part_R / np.where(full_R > 0, full_R, np.nan)
+    low, high = np.nanquantile(kept_R, TAILS)
     return float(low), float(high)
+
+
+def drawn_of(number: int, drawn: np.random.Generator, draws: int = DRAWS) -> npt.NDArray[np.int64]:
+    """(draws, number): how often each of `number` is drawn with replacement, `number` times."""
+    return drawn.multinomial(number, np.full(number, 1 / number), draws)

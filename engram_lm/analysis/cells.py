@@ -34,8 +34,4 @@ def estimated(estimates: Sequence[Estimate | None]) -> str:
     """`bounded` of what has an interval of its own."""
     first = estimates[0]
     within: Bounds = (None, None) if first is None else (first["low"], first["high"])
-    return bounded(means(estimates), within=within)
-
-
-def means(estimates: Sequence[Estimate | None]) -> list[float | None]:
-    return [None if each is None else each["mean"] for each in estimates]
+    return bounded([None if each is None else each["mean"] for each in estimates], within=within)

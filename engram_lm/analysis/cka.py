@@ -40,12 +40,11 @@ class CKA:
             )
         )
 
-    def value(self, batches: Tensor | None = None) -> Tensor:
-        """(A, B), float64. batches: which ones, by number; a bootstrap draws some twice."""
+    def value(self) -> Tensor:
+        """(A, B), float64. DataError before the first batch."""
         if not self.hsic:
             raise DataError("no batches: there is nothing to compare")
-        chosen = range(len(self.hsic)) if batches is None else batches.tolist()
-        parts = zip(*(self.hsic[batch] for batch in chosen), strict=True)
+        parts = zip(*self.hsic, strict=True)
         across_AB, first_A, second_B = (torch.stack(part).mean(0) for part in parts)
         return across_AB / (first_A[:, None] * second_B).sqrt()
 
@@ -69,12 +68,12 @@ def centred(hidden_AND: Tensor) -> Tensor:
     return gram_ANN.flatten(1)
 
 
-def alignment(cka_AB: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
+def alignment_index(cka_AB: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """Soft alignment index (equation 9): for each layer of the second model the mean place of the
     layers of the first that it is most like, weighted by CKA. (B,), counted from zero.
 
     With 5 of 30 layers it lies between 2 and 27 by construction: read it against that of two seeds
-    of one model, never alone.
+    of one model, never alone. DataError for no neighbours, or more than there are layers.
     """
     if not 1 <= neighbours <= len(cka_AB):
         raise DataError(f"neighbours={neighbours}: 1 to {len(cka_AB)}, the layers there are")

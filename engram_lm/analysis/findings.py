@@ -63,7 +63,6 @@ class GateFindings:
     """Checkpoint -> layer, stream and order."""
     highest: list[NgramGate]
     lowest: list[NgramGate]
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +77,6 @@ class LensFindings:
     normed: dict[str, list[Estimate]]
     """Measure -> place."""
     plain: dict[str, list[Estimate]]
-    by_checkpoint: dict[str, list[list[float]]]
-    """Measure -> checkpoint -> place, normed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +133,15 @@ class AlignmentFindings:
     across: list[list[float]]
     """Mean over all pairs of checkpoints."""
     index: list[list[float]]
-    """Pair -> layer of `second`: the soft alignment index."""
+    """Pair (checkpoint of `first`, of `second`) -> layer of `second`: the soft alignment index."""
     likest: list[int]
     """Of each layer of `second`, in the mean map."""
     null: list[list[float]] | None
     """The same between checkpoints of `first`; None with one seed."""
     null_index: list[list[float]]
+    above: list[list[float]]
+    """Checkpoint of `first` -> layer: mean index in it of the second's checkpoints, less that of
+    other checkpoints of the first. [] with one seed, or where the two have not as many blocks."""
     null_likest: list[int]
 
 
@@ -209,7 +209,7 @@ class Analysis:
             losses = {name: Losses(**each) for name, each in bands["losses"].items()}
             made["bands"] = BandFindings(**{**bands, "losses": losses})
         if made["addresses"]:
-            made["addresses"] = [sharing(order) for order in made["addresses"]]
+            made["addresses"] = [order_sharing(order) for order in made["addresses"]]
         if made["alignment"]:
             made["alignment"] = AlignmentFindings(**made["alignment"])
         if made["ablation"]:
@@ -225,7 +225,7 @@ def write_plain(path: Path, found: Any) -> None:
     whole.write(path, text + "\n")
 
 
-def sharing(record: dict[str, Any]) -> OrderSharing:
+def order_sharing(record: dict[str, Any]) -> OrderSharing:
     """From what `asdict` gives."""
     heads = tuple(HeadSharing(**head) for head in record["heads"])
     return OrderSharing(**{**record, "heads": heads})

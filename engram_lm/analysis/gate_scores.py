@@ -28,24 +28,22 @@ def gate_scores(
     gates_LNTS: Values,
     counts: Sequence[Integers],
     names_NT: npt.NDArray[np.bool_],
+    since_NT: npt.NDArray[np.integer],
 ) -> list[GateScore]:
     """For each layer, stream and order. counts: order -> (N, T), how often the n-gram that ends at
     each position stood in the corpus; [] where nothing was counted, which gives one score for
-    order 2 with names alone.
+    order 2 with names alone. since_NT: tokens that each position sees before it.
 
-    Positions whose n-gram begins before its window, where memory reads padding, are left out.
+    Positions that see too few for an n-gram, where memory reads padding, are left out.
     """
     found = []
     for place, layer in enumerate(layers):
         for stream in range(gates_LNTS.shape[3]):
             for index, order in enumerate(range(2, 2 + max(1, len(counts)))):
-                gates_NT = gates_LNTS[place, :, order - 1 :, stream]
-                named_NT = names_NT[:, order - 1 :]
-                often_NT = (
-                    counts[index][:, order - 1 :] >= FREQUENT
-                    if counts
-                    else np.zeros(gates_NT.shape, dtype=bool)
-                )
+                gates_NT = gates_LNTS[place, :, :, stream]
+                whole_NT = since_NT >= order - 1
+                named_NT = names_NT & whole_NT
+                often_NT = whole_NT & (counts[index] >= FREQUENT if counts else False)
                 some = bool(named_NT.any())
                 found.append(
                     GateScore(
@@ -53,21 +51,26 @@ def gate_scores(
                         stream=stream,
                         order=order,
                         frequent=int(often_NT.sum()),
-                        auroc_frequent=told_apart(gates_NT, often_NT),
+                        auroc_frequent=told_apart(gates_NT, often_NT, whole_NT),
                         names=int(named_NT.sum()),
-                        auroc_names=told_apart(gates_NT, named_NT),
+                        auroc_names=told_apart(gates_NT, named_NT, whole_NT),
                         gate_names=float(gates_NT[named_NT].mean()) if some else None,
-                        gate_elsewhere=float(gates_NT[~named_NT].mean()) if some else None,
+                        gate_elsewhere=float(gates_NT[whole_NT & ~named_NT].mean())
+                        if some
+                        else None,
                     )
                 )
     return found
 
 
-def told_apart(scores_NT: Values, positive_NT: npt.NDArray[np.bool_]) -> Estimate | None:
-    """AUROC with its interval over windows; None where one kind has no token."""
+def told_apart(
+    scores_NT: Values, positive_NT: npt.NDArray[np.bool_], among_NT: npt.NDArray[np.bool_]
+) -> Estimate | None:
+    """AUROC of these against the rest of `among_NT`, with its interval over windows; None where one
+    kind has no token."""
     try:
-        mean = auroc(scores_NT.ravel(), positive_NT.ravel())
-        low, high = auroc_interval(scores_NT, positive_NT)
+        mean = auroc(scores_NT[among_NT], positive_NT[among_NT])
+        low, high = auroc_interval(scores_NT, positive_NT, among_NT)
     except DataError:
         return None
     return Estimate(mean=mean, low=low, high=high)

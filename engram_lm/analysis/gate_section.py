@@ -28,7 +28,7 @@ def gate_section(found: Analysis, directory: Path) -> str:
             for value, label in labels.items()
         ),
         traces="".join(coloured(trace) for trace in gates.traces),
-        tokens=f"{gates.tokens:,}",
+        tokens=f"{found.tokens:,}",
         text=escape(found.text),
         names=escape(found.names),
         frequent=str(FREQUENT),

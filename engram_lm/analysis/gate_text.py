@@ -4,14 +4,14 @@ from rich.text import Text
 
 from engram_lm.analysis.gates import GateTrace
 
-_SHUT, _OPEN = (255, 255, 255), (8, 81, 156)
-"""White to blue, 0 to 1 whatever the text: one hue, so that lightness alone says how far."""
+_SHUT, _OPEN = (255, 255, 255), (213, 94, 0)
+"""White to vermilion as in a report, 0 to 1 whatever the text; black can be read on all of it."""
 
 
 def colour(gate: float) -> str:
-    """rich's style of a gate from 0 to 1, with writing that can be read on it."""
+    """rich's style of a gate from 0 to 1."""
     red, green, blue = (round(s + gate * (o - s)) for s, o in zip(_SHUT, _OPEN, strict=True))
-    return f"{'white' if gate > 0.5 else 'black'} on rgb({red},{green},{blue})"
+    return f"black on rgb({red},{green},{blue})"
 
 
 def gate_text(trace: GateTrace) -> Text:

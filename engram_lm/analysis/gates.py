@@ -17,14 +17,14 @@ from torch import Tensor
 
 from engram_lm.analysis.ablation import memory_decoder, memory_off
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.evaluate.answers import separator_of
+from engram_lm.evaluate.answers import NOT_FINITE, separator_of
 from engram_lm.evaluate.inference import inference
 from engram_lm.memory.fuse import Fused
 from engram_lm.model.attached_decoder import decoder_layers
 
 Values = npt.NDArray[np.float32]
 Nested = list[list[list[float]]]
-LONG, ROWS = 128, 16
+LONG, AT_ONCE = 128, 16
 """Tokens of a text up to which each is switched off alone, and how many of them at once."""
 
 
@@ -76,10 +76,11 @@ class GateTrace:
 
 def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
     """Runs a model of ours, or one with a memory attached, on a separator and the text: as it is,
-    and without memory.
+    without memory, and, up to LONG tokens, without memory at each token alone, AT_ONCE of them in a
+    pass.
 
     tokenizer: a fast one of transformers. ConfigError for a model without memory, DataError where
-    the text holds no token.
+    the text holds no token or logits are not finite numbers.
     """
     memory = getattr(model.config, "memory_config", None)
     if memory is None:
@@ -179,6 +180,8 @@ def cut(text: str, offsets: list[tuple[int, int]]) -> list[str]:
 
 def _losses(model: Any, ids_BT: Tensor) -> list[float | None]:
     logits_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :-1].float()
+    if not torch.isfinite(logits_TV).all():
+        raise DataError(NOT_FINITE)
     return [None, *F.cross_entropy(logits_TV, ids_BT[0, 1:], reduction="none").tolist()]
 
 
@@ -187,12 +190,12 @@ def _alone(model: Any, ids_BT: Tensor, layers: list[int]) -> list[float | None]:
     if not 1 < tokens <= LONG:
         return [None] * tokens
     sums = []
-    for first in range(0, tokens, ROWS):
+    for first in range(0, tokens, AT_ONCE):
         # Sequence i has no memory at token `first + i`.
-        places = torch.arange(first, min(first + ROWS, tokens), device=ids_BT.device)
-        rows = torch.arange(len(places), device=ids_BT.device)
+        places = torch.arange(first, min(first + AT_ONCE, tokens), device=ids_BT.device)
+        sequences = torch.arange(len(places), device=ids_BT.device)
 
-        def off(_module: Any, _inputs: Any, fused: Fused, at: Any = (rows, places)) -> Fused:
+        def off(_module: Any, _inputs: Any, fused: Fused, at: Any = (sequences, places)) -> Fused:
             update_BTSD = fused.update_BTSD.clone()
             update_BTSD[at] = 0
             return Fused(update_BTSD, fused.tail_BWSD)

@@ -44,10 +44,8 @@ class Inspection:
 
     trace: GateTrace
     canonical_ids: list[int]
-    rows: list[list[list[int]]]
-    """Layer -> token -> head."""
     norms: list[list[list[float]]]
-    """The same: lengths of the rows' vectors."""
+    """Layer -> token -> head: lengths of the vectors of `trace.rows`."""
     effects: list[RowEffect]
     """At the last token, every layer and head."""
     unread: list[tuple[str, float]]
@@ -62,7 +60,8 @@ def inspect(
     text: str,
     sharing: Mapping[tuple[int, int], RowSharing] | None = None,
 ) -> Inspection:
-    """Two passes over the text, one of them with a sequence for each row of the last token.
+    """Passes over the text: those of `gate_trace`, and one with a sequence for each row of the last
+    token.
 
     sharing: (layer, order) -> the corpus's n-grams on that layer's rows. ConfigError for a model
     without memory, DataError where the text holds no token.
@@ -73,13 +72,12 @@ def inspect(
     specification, dim = addresses.specification, model.config.memory_config.head_dim
     layers = list(specification.layers)
     heads = (specification.max_order - 1) * specification.heads
-    rows: dict[int, Tensor] = {}
     norms: dict[int, Tensor] = {}
 
-    def one_each(layer: int, vectors_BTM: Tensor, rows_BTH: Tensor) -> Tensor:
+    def one_each(layer: int, vectors_BTM: Tensor, _rows_BTH: Tensor) -> Tensor:
         """Sequence L * H reads no row at its last token, L * H + 1 all, any other its own."""
         vectors_BTHE = vectors_BTM.unflatten(-1, (heads, dim)).clone()
-        rows[layer], norms[layer] = rows_BTH[0], vectors_BTHE[0].float().norm(dim=-1)
+        norms[layer] = vectors_BTHE[0].float().norm(dim=-1)
         kept_BH = torch.zeros(len(vectors_BTHE), heads, device=vectors_BTHE.device)
         first = layers.index(layer) * heads
         kept_BH[first : first + heads] = torch.eye(heads, device=kept_BH.device)
@@ -107,7 +105,7 @@ def inspect(
     for place, layer in enumerate(layers):
         for head in range(heads):
             order, number = 2 + head // specification.heads, head % specification.heads
-            row = int(rows[layer][-1, head])
+            row = trace.rows[place][-1][head]
             known = None if sharing is None else sharing[layer, order]
             sequence = place * heads + head
             effects.append(
@@ -125,7 +123,6 @@ def inspect(
     return Inspection(
         trace=trace,
         canonical_ids=addresses.canonical.ids_V[torch.tensor(trace.ids)].tolist(),
-        rows=[rows[layer].tolist() for layer in layers],
         norms=[norms[layer].tolist() for layer in layers],
         effects=effects,
         unread=likeliest(none_V.exp()),

@@ -16,13 +16,16 @@ NAMES = {
     "agreement": "share with the final top token",
 }
 _LOOKS = ((VERMILION, "s", "-"), (BLUE, "o", "--"))
+_OFF = (VERMILION, "^", ":")
 
 
 def lens_lines(lenses: dict[str, LensFindings], measure: str, *, normed: bool) -> Figure:
     """After each block, with 95 % bands; small open marks: before and after each memory."""
     with matplotlib.rc_context(STYLE):
         figure, axes = blank()
-        for (name, lens), (colour, marker, line) in zip(lenses.items(), _LOOKS, strict=False):
+        looks = iter(_LOOKS)
+        for name, lens in lenses.items():
+            colour, marker, line = _OFF if name.endswith(", memory off") else next(looks)
             values = (lens.normed if normed else lens.plain)[measure]
             blocks = [place for place, at in enumerate(lens.at) if at == "block"]
             layers = [lens.layers[place] for place in blocks]
@@ -101,6 +104,22 @@ def alignment_lines(found: AlignmentFindings) -> Figure:
         axes.set_ylabel("soft alignment index")
         _layers(axes)
         axes.legend(frameon=False, loc="upper left")
+        return figure
+
+
+def above_lines(found: AlignmentFindings) -> Figure:
+    """How far the index lies above the null in each checkpoint of the first: mean and range."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank()
+        values = np.array(found.above)
+        layers = range(values.shape[1])
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.plot(layers, values.mean(0), "s-", color=VERMILION, markersize=4)
+        lows, highs = values.min(0), values.max(0)
+        axes.fill_between(layers, lows, highs, color=VERMILION, alpha=0.2, linewidth=0)
+        axes.set_title(named(f"above two seeds of {found.first}, each in its own"), loc="left")
+        axes.set_ylabel("index above the null")
+        _layers(axes)
         return figure
 
 

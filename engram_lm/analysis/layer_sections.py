@@ -64,6 +64,9 @@ def alignment_section(found: Analysis, directory: Path) -> str:
         drawn.append(figure(null, directory, "cka-null", label))
     lines = layer_figures.alignment_lines(aligned)
     drawn.append(figure(lines, directory, "alignment", "Soft alignment index of each block"))
+    if aligned.above:
+        above = layer_figures.above_lines(aligned)
+        drawn.append(figure(above, directory, "alignment-above", "Index above the null"))
     rows = []
     for layer, likest in enumerate(aligned.likest):
         nulls = [pair[layer] for pair in aligned.null_index if layer < len(pair)]
@@ -73,10 +76,11 @@ def alignment_section(found: Analysis, directory: Path) -> str:
                 cells.bounded([pair[layer] for pair in aligned.index], ".2f"),
                 str(likest),
                 cells.bounded(nulls, ".2f"),
+                cells.bounded([seed[layer] for seed in aligned.above], "+.2f"),
                 str(aligned.null_likest[layer]) if nulls else cells.UNKNOWN,
             ]
         )
-    heads = ["block", "alignment index", "most like", "null: index", "null: most like"]
+    heads = ["block", "alignment index", "most like", "null: index", "above it", "null: most like"]
     return section(
         "alignment",
         first=escape(first),
@@ -87,7 +91,8 @@ def alignment_section(found: Analysis, directory: Path) -> str:
         neighbours=str(aligned.neighbours),
         layers=str(len(aligned.across)),
         seeds=f"Here: {len(aligned.index)} pairs across, {len(aligned.null_index)} of the null; "
-        "shaded is the range over pairs."
+        "shaded is the range over pairs. An index depends much on whose blocks it counts in, so "
+        f"what counts is how far it lies above the null in each seed of {escape(first)} alone."
         if aligned.null_index
         else f"Here is one seed of {escape(first)}, so no null, and nothing can be concluded.",
         figures="".join(drawn),

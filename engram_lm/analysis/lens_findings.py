@@ -28,9 +28,6 @@ def lens_findings(lenses: Sequence[LogitLens]) -> LensFindings:
         plain={
             name: estimates(np.stack([lens.plain[name] for lens in lenses])) for name in MEASURES
         },
-        by_checkpoint={
-            name: [lens.normed[name].mean(axis=1).tolist() for lens in lenses] for name in MEASURES
-        },
     )
 
 

@@ -33,7 +33,9 @@ def suite_map(by_checkpoint: Sequence[Sequence[PartScore]]) -> Figure | None:
     """Rows: parts that are off; columns: what is asked; means over checkpoints. None where no score
     is a share."""
     scores: dict[str, dict[str, list[float]]] = {}
-    for row in (row for rows in by_checkpoint for row in rows if row["metric"] != "bits"):
+    for row in (
+        row for rows in by_checkpoint for row in rows if not row["metric"].startswith("bits")
+    ):
         asked = f"{row['kind']}, {row['metric']}"
         if row["kind"] != row["suite"]:
             asked = f"{row['suite']} {asked}"

@@ -92,12 +92,16 @@ class Material:
     corpus: str | None = None
     corpus_C: Integers | None = None
     """What n-grams are counted in: best what the model was trained on."""
+    corpus_starts_C: npt.NDArray[np.bool_] | None = None
+    """True where a document of it starts."""
     sentences: tuple[str, ...] = SENTENCES
     context: int = 128
     suites: tuple[Suite, ...] = ()
     """To be asked with each part of a memory off."""
     questions: int = 200
     """Of each kind."""
+    heads: bool = False
+    """Whether they are asked with each head off as well, a pass for each."""
 
     @cached_property
     def windows_NT(self) -> Integers:
@@ -137,9 +141,9 @@ class Material:
         self, counts: Sequence[NgramCounts], canonical_V: npt.NDArray[np.integer]
     ) -> npt.NDArray[np.int8]:
         """(orders, T) for `stream_T`, as `window_bands` gives them."""
-        canonical_T, starts_T = canonical_V[self.stream_T], self.read_starts_T
-        found = [window_bands(each, canonical_T, self.context, starts_T) for each in counts]
-        return np.array(found, dtype=np.int8).reshape(len(counts), len(canonical_T) - 1)
+        ids_T, starts_T = self.stream_T, self.read_starts_T
+        found = [window_bands(each, canonical_V[ids_T], self.context, starts_T) for each in counts]
+        return np.array(found, dtype=np.int8).reshape(len(counts), len(ids_T) - 1)
 
     @property
     def stream_T(self) -> Integers:
@@ -213,18 +217,22 @@ def name_ends(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
     return [end in last and last[end] < start - 1 for start, end in offsets]
 
 
+def validation(tokenizer: Any, limit: int) -> dict[str, Any]:
+    """The text of a material: the shipped corpus's validation documents, of at most `limit` ids."""
+    texts = ((text, True) for text in corpus.documents("validation"))
+    return {"text": "WordNet's validation documents", **encoded(texts, tokenizer, limit)}
+
+
 def wordnet(tokenizer: Any, sizes: Sizes) -> Material:
     """The shipped corpus: its validation documents are the text; those of training are counted, in
     the order in which `engram demo` reads them."""
-    validation = ((text, True) for text in corpus.documents("validation"))
     texts = corpus.documents("train")
     order = np.random.default_rng(0).permutation(len(texts))
-    corpus_C = stream(((texts[place], True) for place in order), tokenizer, sizes.corpus_tokens)
+    counted = stream(((texts[place], True) for place in order), tokenizer, sizes.corpus_tokens)
     return Material(
-        text="WordNet, validation documents",
-        **encoded(validation, tokenizer, sizes.tokens + 1),
-        corpus=f"the first {len(corpus_C):,} tokens of WordNet's training documents",
-        corpus_C=corpus_C,
+        **validation(tokenizer, sizes.tokens + 1),
+        corpus=f"the first {len(counted['corpus_C']):,} tokens of WordNet's training documents",
+        **counted,
         context=sizes.context,
     )
 
@@ -249,16 +257,27 @@ def beginning(path: Path) -> tuple[str, ...]:
     return tuple(line[:LONG] for line in islice(lines, SHOWN))
 
 
-def stream(texts: Iterable[tuple[str, bool]], tokenizer: Any, limit: int | None = None) -> Integers:
-    """Ids of documents behind one another, each behind a separator; texts: as `encoded`
-    takes them, tokenised in batches of a few megabytes."""
+def stream(
+    texts: Iterable[tuple[str, bool]], tokenizer: Any, limit: int | None = None
+) -> dict[str, Any]:
+    """corpus_C and corpus_starts_C of a material: documents behind one another, each behind a
+    separator; texts: as `encoded` takes them, tokenised in batches of a few megabytes."""
     separator, backend = separator_of(tokenizer), backend_of(tokenizer)
     ids: list[int] = []
+    begins: list[int] = []
     for part, piece in token_ids(_pieces(texts), backend):
-        ids += [separator, *part] if piece.starts else part
+        if piece.starts:
+            begins.append(len(ids))
+            ids.append(separator)
+        ids += part
         if limit is not None and len(ids) >= limit:
             break
-    return np.array(ids[:limit], dtype=np.int64)
+    starts_C = np.zeros(len(ids), dtype=bool)
+    starts_C[begins] = True
+    return {
+        "corpus_C": np.array(ids[:limit], dtype=np.int64),
+        "corpus_starts_C": starts_C[:limit],
+    }
 
 
 def _pieces(texts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:

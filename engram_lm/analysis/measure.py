@@ -5,7 +5,7 @@ Shapes: N windows, T positions of a window.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -15,12 +15,11 @@ import torch
 
 from engram_lm.analysis import alignment
 from engram_lm.analysis.ablation import memory_decoder, memory_off
-from engram_lm.analysis.ablation_losses import TOKENS, ablation_losses
-from engram_lm.analysis.ablation_losses import parts as ablations
+from engram_lm.analysis.ablation_losses import TOKENS, ablation_losses, ablations
 from engram_lm.analysis.bands import NgramCounts
 from engram_lm.analysis.gate_scores import gate_scores, ranked
 from engram_lm.analysis.gates import GateTrace, gate_trace, stream_gates
-from engram_lm.analysis.logit_lens import logit_lens
+from engram_lm.analysis.logit_lens import LogitLens, logit_lens
 from engram_lm.analysis.material import Integers, Material
 from engram_lm.analysis.measured import Measured, Nats
 from engram_lm.analysis.row_sharing import RowSharing, sharing_of
@@ -65,25 +64,19 @@ def measure(
     return found
 
 
+@dataclass
 class _Measuring:
     """One method a part."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        material: Material,
-        canonical_V: Integers,
-        counts: Sequence[NgramCounts],
-        traced: bool,
-        autocast: torch.dtype | None,
-        progress: Progress,
-    ) -> None:
-        self.model, self.tokenizer, self.material = model, tokenizer, material
-        self.canonical_V, self.counts = canonical_V, counts
-        self.traced, self.autocast = traced, autocast
-        self.progress = progress
-        self.known: dict[tuple[int, int], RowSharing] | None = None
+    model: Any
+    tokenizer: Any
+    material: Material
+    canonical_V: Integers
+    counts: Sequence[NgramCounts]
+    traced: bool
+    autocast: torch.dtype | None
+    progress: Progress
+    known: dict[tuple[int, int], RowSharing] | None = None
 
     def gates(self, found: Measured) -> None:
         windows_NT = self.material.windows_NT[:, :-1]
@@ -92,9 +85,9 @@ class _Measuring:
         counts = [
             np.stack([each.of(canonical_T) for canonical_T in canonical_NT]) for each in self.counts
         ]
-        if self.material.positions_NT is not None:  # padding is read there, which nobody saw
-            for each, counts_NT in zip(self.counts, counts, strict=True):
-                counts_NT[self.material.positions_NT < each.order - 1] = 0
+        since_NT = self.material.positions_NT
+        if since_NT is None:
+            since_NT = np.broadcast_to(np.arange(self.material.context), windows_NT.shape)
         gates, added = stream_gates(
             self.model,
             windows_NT,
@@ -103,7 +96,9 @@ class _Measuring:
             autocast=self.autocast,
             progress=self._told("gates", len(windows_NT)),
         )
-        found.scores = gate_scores(addresses.layers, gates, counts, self.material.named_NT)
+        found.scores = gate_scores(
+            addresses.layers, gates, counts, self.material.named_NT, since_NT
+        )
         if self.traced:
             counted = self.counts[-1] if self.counts else None
             found.highest, found.lowest = ranked(
@@ -112,20 +107,15 @@ class _Measuring:
             found.traces = [self._trace(sentence) for sentence in self.material.sentences]
 
     def lens(self, found: Measured) -> None:
-        windows_NT = self.material.windows_NT[:LENS_TEXTS]
-        positions_NT = self.material.positions_NT
-        found.lens = logit_lens(
-            self.model,
-            windows_NT,
-            positions_NT=None if positions_NT is None else positions_NT[:LENS_TEXTS],
-            autocast=self.autocast,
-            progress=self._told("logit lens", len(windows_NT)),
-        )
+        found.lens = self._lens("logit lens")
+        if self._has_memory:
+            with memory_off(self.model):
+                found.lens_off = self._lens("logit lens, memory off")
 
     def bands(self, found: Measured) -> None:
         found.bands_OT = self.material.bands(self.counts, self.canonical_V)
         found.losses_T = self._losses("losses")
-        if getattr(self.model.config, "memory_config", None) is not None:
+        if self._has_memory:
             with memory_off(self.model):
                 found.losses_off_T = self._losses("losses, memory off")
 
@@ -159,14 +149,31 @@ class _Measuring:
         )
 
     def suites(self, found: Measured) -> None:
-        each = 1 + len(ablations(self.model, {}, {}, heads=False))
+        heads = self.material.heads
+        each = 1 + len(ablations(self.model, {}, {}, heads=heads))
         passes, steps = len(self.material.suites) * each, count(0)
         found.suites = suite_ablation(
             self.model,
             self.tokenizer,
             self.material.suites,
             questions=self.material.questions,
+            heads=heads,
             progress=lambda name: self.progress(f"suites: {name}", next(steps), passes),
+        )
+
+    @property
+    def _has_memory(self) -> bool:
+        return getattr(self.model.config, "memory_config", None) is not None
+
+    def _lens(self, said: str) -> LogitLens:
+        windows_NT = self.material.windows_NT[:LENS_TEXTS]
+        positions_NT = self.material.positions_NT
+        return logit_lens(
+            self.model,
+            windows_NT,
+            positions_NT=None if positions_NT is None else positions_NT[:LENS_TEXTS],
+            autocast=self.autocast,
+            progress=self._told(said, len(windows_NT)),
         )
 
     def _losses(self, said: str) -> Nats:
@@ -192,6 +199,7 @@ class _Measuring:
             self.known = sharing_of(
                 memory_decoder(self.model).memory.addresses,
                 self.material.corpus_C,
+                self.material.corpus_starts_C,
                 partial(self.progress, "n-grams on rows"),
             )
         return self.known

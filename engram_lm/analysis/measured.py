@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from engram_lm import whole
 from engram_lm.analysis.ablation_losses import AblationLoss
-from engram_lm.analysis.findings import GateScore, NgramGate, sharing
+from engram_lm.analysis.findings import GateScore, NgramGate, order_sharing
 from engram_lm.analysis.gates import GateTrace
 from engram_lm.analysis.logit_lens import MEASURES, LogitLens, Place
 from engram_lm.analysis.row_sharing import OrderSharing
@@ -37,6 +37,8 @@ class Measured:
     highest: list[NgramGate] = field(default_factory=list)
     lowest: list[NgramGate] = field(default_factory=list)
     lens: LogitLens | None = None
+    lens_off: LogitLens | None = None
+    """With memory off; None for a model without one."""
     losses_T: Nats | None = None
     losses_off_T: Nats | None = None
     """With memory off; None for a model without one."""
@@ -51,11 +53,15 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """One safetensors file, aside first, then renamed. States are rounded to half precision."""
+        """One safetensors file, aside first, then renamed. States are rounded to half precision.
+        DataError where they do not fit it, ValueError for a number that is not finite."""
         arrays: dict[str, torch.Tensor] = {}
-        if self.lens is not None:
-            for norm, values in (("normed", self.lens.normed), ("plain", self.lens.plain)):
-                arrays |= {f"lens.{norm}.{name}": torch.tensor(values[name]) for name in MEASURES}
+        lenses = {"lens": self.lens, "lens_off": self.lens_off}
+        for which, lens in lenses.items():
+            for norm in ("normed", "plain") if lens is not None else ():
+                values = getattr(lens, norm)
+                names = {f"{which}.{norm}.{name}": torch.tensor(values[name]) for name in MEASURES}
+                arrays |= names
         for name, losses_T in (("losses", self.losses_T), ("losses_off", self.losses_off_T)):
             if losses_T is not None:
                 arrays[name] = torch.tensor(losses_T).float()  # as they were computed
@@ -70,7 +76,10 @@ class Measured:
             "traces": [asdict(trace) for trace in self.traces],
             "highest": self.highest,
             "lowest": self.lowest,
-            "places": None if self.lens is None else [asdict(each) for each in self.lens.places],
+            "places": {
+                which: None if lens is None else [asdict(each) for each in lens.places]
+                for which, lens in lenses.items()
+            },
             "where": self.where,
             "addresses": _plain(self.addresses),
             "ablation": _plain(self.ablation),
@@ -94,13 +103,14 @@ class Measured:
 
     @classmethod
     def _read(cls, plain: dict[str, Any], arrays: dict[str, torch.Tensor]) -> "Measured":
-        lens = None
-        if plain["places"] is not None:
+        def lens(which: str) -> LogitLens | None:
+            if (places := plain["places"][which]) is None:
+                return None
             values = {
-                norm: {name: arrays[f"lens.{norm}.{name}"].numpy() for name in MEASURES}
+                norm: {name: arrays[f"{which}.{norm}.{name}"].numpy() for name in MEASURES}
                 for norm in ("normed", "plain")
             }
-            lens = LogitLens(places=tuple(Place(**each) for each in plain["places"]), **values)
+            return LogitLens(places=tuple(Place(**each) for each in places), **values)
 
         def losses(name: str) -> Nats | None:
             return arrays[name].double().numpy() if name in arrays else None
@@ -110,13 +120,14 @@ class Measured:
             traces=[GateTrace(**trace) for trace in plain["traces"]],
             highest=plain["highest"],
             lowest=plain["lowest"],
-            lens=lens,
+            lens=lens("lens"),
+            lens_off=lens("lens_off"),
             losses_T=losses("losses"),
             losses_off_T=losses("losses_off"),
             bands_OT=arrays["bands"].numpy() if "bands" in arrays else None,
             states_AID=arrays["states"].float() if "states" in arrays else None,
             where=plain["where"],
-            addresses=_each(sharing, plain["addresses"]),
+            addresses=_each(order_sharing, plain["addresses"]),
             ablation=_each(lambda part: AblationLoss(**part), plain["ablation"]),
             suites=plain["suites"],
             seconds=plain["seconds"],

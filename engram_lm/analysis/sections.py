@@ -3,7 +3,6 @@
 What each figure shows and what would refute it stands in pages/*.html; here are the numbers.
 """
 
-import statistics
 from pathlib import Path
 
 from engram_lm.analysis import cells, figures, map_figures, part_figures
@@ -89,19 +88,20 @@ def _ablation(found: Analysis, directory: Path) -> str:
     checkpoints = found.ablation
     assert checkpoints
     dots = part_figures.ablation_dots(checkpoints)
-    bands = found.bands.orders if found.bands is not None else []
     last = len(checkpoints[0][0].bands) - 1
-    heads = ["without", "change", *([f"{band}" for band in BANDS] if last >= 0 else [])]
+    heads = ["without", "change", *(BANDS if last >= 0 else ())]
     rows = []
     for together in zip(*checkpoints, strict=True):
-        row = [together[0].name, cells.mean([part.change for part in together], "+.4f")]
+        one, changes = together[0], [part.change for part in together]
+        row = [one.name, cells.bounded(changes, "+.4f", (one.low, one.high))]
         if last >= 0:
             for place in range(len(BANDS)):
                 means = [part.bands[last][place]["mean"] for part in together]
                 row.append(cells.mean(means, "+.3f"))
         rows.append(row)
-    order = f" of the {bands[last]}-gram" if bands and last >= 0 else " of the longest n-gram"
-    note = f'<p class="note">Right: by band{order}, times in the corpus.</p>' if last >= 0 else ""
+    note = ""
+    if last >= 0:
+        note = f'<p class="note">Right: by times that the {last + 2}-gram stood in the corpus.</p>'
     return section(
         "ablation",
         tokens=f"{min(found.tokens, TOKENS):,}",
@@ -151,18 +151,15 @@ def _addresses(found: Analysis, directory: Path) -> str:
     rows, single = [], []
     for each in orders:
         label = f"layer {each.layer}, {each.order}-gram"
-        untouched = sum(head.untouched for head in each.heads)
-        of = sum(head.rows for head in each.heads)
-        expected = sum(head.untouched_expected for head in each.heads)
         rows.append(
             [
                 label,
                 f"{each.distinct:,}",
-                f"{each.distinct / statistics.mean(head.rows for head in each.heads):.2f}",
+                f"{each.load:.2f}",
                 f"{each.every_head:.4f}",
                 f"{each.every_head_expected:.4f}",
-                f"{untouched / of:.4f}",
-                f"{expected / of:.4f}",
+                f"{each.untouched:.4f}",
+                f"{each.untouched_expected:.4f}",
             ]
         )
         single += [

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from typing import Any, TypedDict
 
 from engram_lm.analysis import ablation
-from engram_lm.analysis.ablation_losses import Ablation, parts, retention
+from engram_lm.analysis.ablation_losses import Ablation, ablations, retention
 from engram_lm.analysis.bootstrap import interval, retained_interval
 from engram_lm.errors import DataError
 from engram_lm.evaluate.suite_scores import Suite, SuiteScore, name_of, suite_scores
@@ -31,9 +31,10 @@ class PartScore(TypedDict):
     """95 % of bootstraps over questions; None for one."""
     high: float | None
     retained: float | None
-    """Of the model as it is; None where 95 % of bootstraps do not tell that from a guess, or no
-    chance is known."""
+    """Of the model as it is; None where 95 % of bootstraps do not tell that from a guess, or from 0
+    where no chance is known."""
     above_chance: float | None
+    """The same above chance; None where that is not known."""
     above_chance_low: float | None
     """95 % of bootstraps over questions, both scores drawn together."""
     above_chance_high: float | None
@@ -45,10 +46,11 @@ def suite_ablation(
     suites: Sequence[Suite],
     *,
     questions: int,
-    seed: int = 0,
+    heads: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[PartScore]:
-    """Suite by suite: the model as it is, then each part off, its layers and orders one by one.
+    """Suite by suite: the model as it is, then each part off, its layers and orders one by one, and
+    with `heads` its heads.
 
     Gates and updates are held at their means over the suite's own questions. progress: told what
     begins. ConfigError for a model without memory or a suite that it cannot be asked.
@@ -60,13 +62,13 @@ def suite_ablation(
             if progress is not None:
                 progress(f"{name_of(suite)}, {name}")
             with made():
-                return suite_scores(model, tokenizer, suite, questions=questions, seed=seed)
+                return suite_scores(model, tokenizer, suite, questions=questions)
 
         with ablation.mean_gates(model) as gates, ablation.mean_updates(model) as updates:
             plain = scores(WHOLE, nullcontext)
         whole = {(score.kind, score.metric): score for score in plain}
         found += [_row(WHOLE, score, whole) for score in plain]
-        for name, made in parts(model, gates, updates, heads=False).items():
+        for name, made in ablations(model, gates, updates, heads=heads).items():
             found += [_row(name, score, whole) for score in scores(name, made)]
     return found
 
@@ -76,9 +78,10 @@ def _row(part: str, score: SuiteScore, whole: dict[tuple[str, str], SuiteScore])
     several = len(score.values_N) > 1
     low, high = interval(score.values_N).tolist() if several else (None, None)
     kept: tuple[float, float] | None = None
-    if chance is not None and several:
+    if several:
         with suppress(DataError):  # no better than a guess: there is nothing to retain
-            kept = retained_interval(score.values_N, full.values_N, chance)
+            kept = retained_interval(score.values_N, full.values_N, chance or 0.0)
+    told = chance is not None and kept is not None
     return PartScore(
         part=part,
         suite=score.suite,
@@ -90,7 +93,7 @@ def _row(part: str, score: SuiteScore, whole: dict[tuple[str, str], SuiteScore])
         low=low,
         high=high,
         retained=retention(score.mean, full.mean) if kept else None,
-        above_chance=retention(score.mean, full.mean, chance or 0.0) if kept else None,
-        above_chance_low=kept[0] if kept else None,
-        above_chance_high=kept[1] if kept else None,
+        above_chance=retention(score.mean, full.mean, chance or 0.0) if told else None,
+        above_chance_low=kept[0] if kept and told else None,
+        above_chance_high=kept[1] if kept and told else None,
     )

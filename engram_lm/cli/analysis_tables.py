@@ -30,15 +30,15 @@ def _gates(found: Analysis, console: Console) -> None:
     for trace in found.gates.traces:
         console.print(gate_text(trace))
     heads = ("frequent", "AUROC", "names", "AUROC", "gate there", "elsewhere")
-    table = _table("gates: white 0, blue 1", "gate", *heads)
+    table = _table("gates: white 0, orange 1", "gate", *heads)
     for together in zip(*found.gates.scores, strict=True):
         first = together[0]
         table.add_row(
             f"layer {first['layer']}, stream {first['stream'] + 1}, {first['order']}-gram",
             f"{first['frequent']:,}",
-            cells.mean(cells.means([score["auroc_frequent"] for score in together])),
+            cells.estimated([score["auroc_frequent"] for score in together]),
             f"{first['names']:,}",
-            cells.mean(cells.means([score["auroc_names"] for score in together])),
+            cells.estimated([score["auroc_names"] for score in together]),
             cells.mean([score["gate_names"] for score in together]),
             cells.mean([score["gate_elsewhere"] for score in together]),
         )
@@ -89,23 +89,23 @@ def _alignment(found: Analysis, console: Console) -> None:
     aligned = found.alignment
     null = "null: two seeds" if aligned.null_index else "null: one seed, none"
     title = f"blocks of {aligned.second} in {aligned.first}: {aligned.inputs:,} {aligned.where}"
-    table = _table(title, "block", "alignment index", "most like", null)
+    table = _table(title, "block", "alignment index", "most like", null, "above it")
     for layer, likest in enumerate(aligned.likest):
         index = statistics.mean(pair[layer] for pair in aligned.index)
         nulls = [pair[layer] for pair in aligned.null_index if layer < len(pair)]
-        table.add_row(str(layer), f"{index:.2f}", str(likest), cells.mean(nulls, ".2f"))
+        above = cells.bounded([seed[layer] for seed in aligned.above], "+.2f")
+        table.add_row(str(layer), f"{index:.2f}", str(likest), cells.mean(nulls, ".2f"), above)
     console.print(table, "")
 
 
 def _ablation(found: Analysis, console: Console) -> None:
     if found.ablation is None:
         return
-    table = _table("loss without a part", "part", "change, nats", "95 % over windows")
+    over = "95 % over windows" if len(found.ablation) == 1 else "lowest and highest seed"
+    table = _table("loss without a part", "part", f"change, nats ({over})")
     for together in zip(*found.ablation, strict=True):
-        change = statistics.mean(part.change for part in together)
-        one = together[0]
-        bounds = f"{one.low:+.4f} to {one.high:+.4f}" if len(together) == 1 else "several seeds"
-        table.add_row(one.name, f"{change:+.4f}", bounds)
+        one, changes = together[0], [part.change for part in together]
+        table.add_row(one.name, cells.bounded(changes, "+.4f", (one.low, one.high)))
     console.print(table, "")
 
 
@@ -139,15 +139,14 @@ def _addresses(found: Analysis, console: Console) -> None:
     heads = ("table", "n-grams", "load", "share all rows", "expected", "untouched", "expected")
     table = _table("who shares rows", *heads)
     for each in found.addresses:
-        rows = sum(head.rows for head in each.heads)
         table.add_row(
             f"layer {each.layer}, {each.order}-gram",
             f"{each.distinct:,}",
-            f"{statistics.mean(head.load for head in each.heads):.2f}",
+            f"{each.load:.2f}",
             f"{each.every_head:.4f}",
             f"{each.every_head_expected:.4f}",
-            f"{sum(head.untouched for head in each.heads) / rows:.4f}",
-            f"{sum(head.untouched_expected for head in each.heads) / rows:.4f}",
+            f"{each.untouched:.4f}",
+            f"{each.untouched_expected:.4f}",
         )
     console.print(table, "")
 

@@ -28,7 +28,6 @@ BANDS = "frequency_bands"
 
 
 def options(add: Callable[..., Any]) -> None:
-    add("models", nargs="+", type=Path, metavar="MODEL", help="directory; several are its seeds")
     _shared(add)
     add("--out", type=Path, required=True, help="directory of report.html, analysis.json, figures/")
     add(
@@ -50,9 +49,6 @@ class Part:
         self.name, self.HELP = name, said
 
     def options(self, add: Callable[..., Any]) -> None:
-        add(
-            "models", nargs="+", type=Path, metavar="MODEL", help="directory; several are its seeds"
-        )
         _shared(add)
         add("--out", type=Path, help="directory to write a report of this part into")
         if self.name == "gates":
@@ -71,9 +67,15 @@ ablation = Part("ablation", "Take each part of a memory away: what its absence c
 
 
 def _shared(add: Callable[..., Any]) -> None:
+    add("models", nargs="+", type=Path, metavar="MODEL", help="directory; several are its seeds")
     add("--against", nargs="+", type=Path, default=[], metavar="OTHER", help="to compare with")
     add("--text", type=Path, help="file to read: one document, or .jsonl (default: WordNet's)")
-    add("--corpus", type=Path, help="file to count n-grams in: best what was trained on")
+    add(
+        "--corpus",
+        type=Path,
+        help="file to count n-grams in: best what was trained on (default: WordNet's, and without "
+        "--text only)",
+    )
     memory_options(add)
     setting(add, "analyze.tokens=32768, suites.names=two_source, two_source.entities=1500")
 
@@ -88,7 +90,7 @@ def _run(arguments: argparse.Namespace, parts: list[str] | None) -> None:
 
     changes = settings(arguments.set, ("analyze", "suites", *NAMES))
     sizes = changed_fields("analyze", Sizes(), changes.pop("analyze"))
-    asking = _asking(changes)
+    asking, heads = _asking(changes)
     if asking.names and parts is not None and "suites" not in parts:
         parts = [*parts, "suites"]
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
@@ -104,7 +106,9 @@ def _run(arguments: argparse.Namespace, parts: list[str] | None) -> None:
     with Console(stderr=True).status("reading texts"):
         material = _material(tokenizer, arguments, sizes)
         asked = suites(asking, subject.models[0], tokenizer)
-        material = replace(material, suites=tuple(asked.values()), questions=asking.questions)
+        material = replace(
+            material, suites=tuple(asked.values()), questions=asking.questions, heads=heads
+        )
     with progress_bars() as bars:
         tasks: dict[str, Any] = {}
 
@@ -126,19 +130,26 @@ def _run(arguments: argparse.Namespace, parts: list[str] | None) -> None:
         Console().print(f"report: {path.resolve()}", soft_wrap=True)
 
 
-def _asking(changes: dict[str, dict[str, Any]]) -> Asking:
-    """Of --set suites.names=a,b, suites.questions=N and the suites' own fields."""
+def _asking(changes: dict[str, dict[str, Any]]) -> tuple[Asking, bool]:
+    """Of --set suites.names=a,b, suites.questions=N and the suites' own fields; and of
+    suites.heads=true, whether they are asked with each head off."""
     own = changes.pop("suites")
     names, questions = own.pop("names", None), own.pop("questions", QUESTIONS)
-    if own or not isinstance(names, str | None) or not isinstance(questions, int) or questions < 1:
-        raise ConfigError("suites: suites.names=a,b and suites.questions=1 or more are accepted")
+    heads = own.pop("heads", False)
+    counted = isinstance(questions, int) and not isinstance(questions, bool) and questions > 0
+    if own or not isinstance(names, str | None) or not counted or not isinstance(heads, bool):
+        raise ConfigError(
+            "suites: suites.names=a,b, suites.questions=1 or more and suites.heads=true or false "
+            "are accepted"
+        )
     if names is not None and BANDS in names.split(","):
         raise ConfigError(f"suites.names={names}: {BANDS} is a part of its own, bands")
     files = changes["minimal_pairs"].pop("files", None)
     for field in changes["minimal_pairs"]:
         raise ConfigError(f"minimal_pairs.{field}: unknown; minimal_pairs.files is accepted")
     found = named(names, changes)
-    return Asking(names=found, changes=changes, files=files, questions=questions, seed=0, batch=8)
+    asking = Asking(names=found, changes=changes, files=files, questions=questions, seed=0, batch=8)
+    return asking, heads
 
 
 def _subject(
@@ -185,9 +196,10 @@ def _material(tokenizer: Any, arguments: argparse.Namespace, sizes: Any) -> Any:
         found = material.read(arguments.text, tokenizer, sizes)
     if arguments.corpus is not None:
         counted = material.stream(material.parts(arguments.corpus), tokenizer)
-        if not len(counted):
+        tokens = len(counted["corpus_C"])
+        if not tokens:
             raise DataError(f"{arguments.corpus}: no text")
-        name = f"{arguments.corpus.name} ({len(counted):,} tokens)"
-        found = replace(found, corpus=name, corpus_C=counted)
+        name = f"{arguments.corpus.name} ({tokens:,} tokens)"
+        found = replace(found, corpus=name, **counted)
     sentences = getattr(arguments, "sentence", None)  # `engram gates` alone has it
     return found if sentences is None else replace(found, sentences=tuple(sentences))

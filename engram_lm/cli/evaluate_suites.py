@@ -177,7 +177,7 @@ def rows(columns: "dict[str, list[list[SuiteScore]]]") -> list[dict[str, Any]]:
             asked[column] = values_CN
             row |= _summary("" if column == next(iter(columns)) else f"{column}_", values_CN)
         if len(asked) == 2:
-            row |= _retained(score.chance, asked["on"], asked["off"])
+            row |= _retained(score, asked["on"], asked["off"])
         found.append(row)
     return found
 
@@ -200,19 +200,23 @@ def _summary(prefix: str, values_CN: Any) -> dict[str, Any]:
     }
 
 
-def _retained(chance: float | None, on_CN: Any, off_CN: Any) -> dict[str, Any]:
+def _retained(score: "SuiteScore", on_CN: Any, off_CN: Any) -> dict[str, Any]:
     """What is left without memory, raw and above chance: means over models; None where 95 % of
-    bootstraps do not tell some model's score from a guess, or no chance is known."""
+    bootstraps do not tell some model's score from a guess (from 0 where no chance is known), and of
+    bits per byte, where less is better."""
     from engram_lm.analysis.ablation_losses import retention
     from engram_lm.analysis.bootstrap import interval
 
-    told = chance is not None and on_CN.shape[1] > 1 and (interval(on_CN)[:, 0] > chance).all()
-    if chance is None or not told:
-        return {"retained": None, "retained_above_chance": None}
+    chance, single = score.chance, on_CN.shape[1] < 2
+    lower_is_better = score.metric == "bits_per_byte"
+    if lower_is_better or single or (interval(on_CN)[:, 0] <= (chance or 0.0)).any():
+        return {"retained": None, "above_chance": None}
     both = list(zip(off_CN.mean(axis=1).tolist(), on_CN.mean(axis=1).tolist(), strict=True))
     return {
         "retained": statistics.fmean(retention(*pair) for pair in both),
-        "retained_above_chance": statistics.fmean(retention(*pair, chance) for pair in both),
+        "above_chance": None
+        if chance is None
+        else statistics.fmean(retention(*pair, chance) for pair in both),
     }
 
 
@@ -233,7 +237,7 @@ def show(record: dict[str, Any], columns: tuple[str, ...]) -> None:
         caption=f"{spread}; below a value 95 % of bootstraps over questions",
     )
     titles = [f"memory {column}" for column in columns] if record["memory"] else ["value"]
-    kept = ["kept", "above\nchance"] if len(columns) > 1 else []
+    kept = ["retained", "above\nchance"] if len(columns) > 1 else []
     for title in ["chance", "of", *titles, *kept]:
         grid.add_column(title, justify="right", no_wrap=title in titles)
     for suite, of_suite in groupby(record["suite_scores"], lambda row: row["suite"]):
@@ -241,7 +245,7 @@ def show(record: dict[str, Any], columns: tuple[str, ...]) -> None:
         for row in of_suite:
             cells = [_value(row, prefix) for prefix in ("", "off_")[: len(columns)]]
             if kept:
-                cells += [_share(row["retained"]), _share(row["retained_above_chance"])]
+                cells += [_share(row["retained"]), _share(row["above_chance"])]
             chance = "" if row["chance"] is None else f"{row['chance']:.2g}"
             kind = f"  {row['kind']}\n    {row['metric']}"
             grid.add_row(kind, chance, f"{row['questions']:,}", *cells)

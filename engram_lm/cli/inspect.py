@@ -63,11 +63,14 @@ def _sharing(model: Any, tokenizer: Any, path: Path) -> Any:
                 yield piece.text, piece.starts
                 bars.update(reading, completed=piece.read)
 
-        ids_T = stream(texts(), tokenizer)
+        ids_T, starts_T = stream(texts(), tokenizer).values()
         if len(ids_T) < addresses.specification.max_order:
             raise DataError(f"{path}: {len(ids_T)} tokens, which make no n-gram of each order")
         return sharing_of(
-            addresses, ids_T, lambda done, of: bars.update(counting, completed=done, total=of)
+            addresses,
+            ids_T,
+            starts_T,
+            lambda done, of: bars.update(counting, completed=done, total=of),
         )
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from engram_lm.errors import DataError
 from engram_lm.evaluate.inference import inference
 
+NOT_FINITE = "some of the model's logits are not finite numbers"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -55,8 +57,9 @@ def answers(
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
     """Runs each prompt with its answer once. Questions of one length share a batch, so nothing is
-    padded. progress: questions so far. DataError for none, for one without prompt or answer, and
-    for one of more tokens than the model has positions, or of ids that it has not.
+    padded. progress: questions so far. DataError for none, for one without prompt or answer, for
+    one of more tokens than the model has positions, or of ids that it has not, and where logits are
+    not finite numbers.
     """
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, question in enumerate(questions):
@@ -91,6 +94,8 @@ def answers(
                 done += len(part)
                 if progress is not None:
                     progress(done)
+    if not np.isfinite(nats).all():
+        raise DataError(NOT_FINITE)
     return Answers(right=right, tokens=tokens, nats=nats)
 
 

@@ -27,6 +27,8 @@ from engram_lm.evaluate.suites.two_source import TwoSource
 from engram_lm.evaluate.suites.variables import Variables
 from engram_lm.evaluate.suites.wordnet_facts import CHANCE as FACT_CHANCE
 from engram_lm.evaluate.suites.wordnet_facts import CHOICES, WORDINGS, WordnetFacts, chosen
+from engram_lm.model.budget import ledger
+from engram_lm.model.config import EngramLMConfig
 
 Suite = TwoSource | People | Variables | Needles | MQAR | Induction | WordnetFacts | MinimalPairs
 SUITES: dict[str, type[Suite]] = {
@@ -52,7 +54,9 @@ class SuiteScore:
     kind: str
     metric: str
     """right: the whole answer, by teacher forcing; tokens: share of its tokens; recalled: share of
-    a sequence's labels; preferred: the likelier of two; bits: what is known of a person."""
+    a sequence's labels; preferred: the likelier of two; bits: what is known of a person;
+    bits_per_parameter, bits_per_active_parameter: of all people, for each of the model's;
+    bits_per_byte: the one of which less is better."""
     chance: float | None
     """The score of a guess; None where a tokenizer that splits words leaves it unknown."""
     values_N: npt.NDArray[np.float64]
@@ -159,7 +163,7 @@ def _known(
     told: Progress,
 ) -> list[SuiteScore]:
     """Attribute by attribute, and the bits of all of them together: times the number of people, the
-    mean is what `learned_bits` gives."""
+    mean is what `learned_bits` gives, and over the model's parameters its capacity ratio."""
     drawn = np.random.default_rng([2, seed]).permutation(world.number)[:number]
     all_NA = np.array(range(world.number * len(world.attributes))).reshape(world.number, -1)
     every = world.questions()
@@ -177,10 +181,33 @@ def _known(
         )
         for (attribute, count), right_N in zip(world.attributes.items(), right_NA.T, strict=True)
     ]
+    # Drawn people stand for all of them.
+    per = {"bits": 1.0} | {
+        f"bits_per_{what}": world.number / number for what, number in parameters_of(model).items()
+    }
     return [
         *scores,
-        SuiteScore(suite="people", kind="a person", metric="bits", chance=0.0, values_N=bits_N),
+        *(
+            SuiteScore(
+                suite="people",
+                kind="a person" if metric == "bits" else "everyone",
+                metric=metric,
+                chance=0.0,
+                values_N=factor * bits_N,
+            )
+            for metric, factor in per.items()
+        ),
     ]
+
+
+def parameters_of(model: Any) -> dict[str, int]:
+    """All there are, tied ones once; of a model of ours, wherever its tables are, and how many of
+    them are active for a token, its embedding and head included."""
+    if not isinstance(getattr(model, "config", None), EngramLMConfig):
+        return {"parameter": sum(each.numel() for each in model.parameters())}
+    found = ledger(model.config)
+    active = sum(component.active for component in found.components)
+    return {"parameter": found.parameters, "active_parameter": active}
 
 
 def _recalled(

@@ -5,6 +5,7 @@ Shapes: T token ids in the stream, B windows, C positions in a window, V ids in 
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,11 @@ import torch.nn.functional as F
 
 from engram_lm.errors import DataError
 from engram_lm.evaluate.inference import inference
-from engram_lm.model.modeling import EngramLMForCausalLM
 from engram_lm.model.positions import packed_positions
 
 
 def token_losses(
-    model: EngramLMForCausalLM,
+    model: Any,
     ids_T: npt.NDArray[np.integer],
     *,
     context: int,
@@ -38,7 +38,8 @@ def token_losses(
     before: not in attention, nor in memory whose boundary_rule is "document". `autocast`: None for
     the weights' own precision. `share`: for one of several workers, which of this many windows are
     its own; the entries of others are 0, and all call the model equally often. `progress`: called
-    with tokens so far. To judge the backbone alone, call inside `model.model.without_memory()`.
+    with tokens so far. To judge the backbone alone, call inside `analysis.ablation.memory_off`.
+    DataError for fewer than 2 ids, and for windows or batches of nothing.
     """
     if len(ids_T) < 2 or context < 1 or batch < 1:
         raise DataError(

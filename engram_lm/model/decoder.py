@@ -58,11 +58,11 @@ class MemoryDecoder(MemoryPreTrained):
     @contextmanager
     def without_memory(self) -> Iterator[None]:
         """Inside, no row is read and nothing is added: the backbone alone, weights untouched."""
-        self._without_memory = True
+        outer, self._without_memory = self._without_memory, True
         try:
             yield
         finally:
-            self._without_memory = False
+            self._without_memory = outer
 
     @contextmanager
     def serving(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ def material(tokenizer: Any, training_ids: npt.NDArray[np.integer], context: int
     texts = corpus.documents("validation")
     order = np.random.default_rng(0).permutation(len(texts))
     return Material(
-        text="WordNet's validation text",
+        text="WordNet's validation documents",
         **encoded(((texts[place], True) for place in order), tokenizer),
         corpus=f"the {len(training_ids):,} training tokens",
         corpus_C=training_ids.astype(np.int64),

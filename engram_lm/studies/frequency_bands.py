@@ -5,9 +5,10 @@ each token counts to the band of how often the n-gram that ends before it stood 
 documents, for every order. Documents see nothing of one another for a model that was trained so.
 
 Shows: whether a memory earns its keep where its n-grams were seen in training, and costs nothing
-where they were not. Cannot show: anything of a model that was trained on another text, whose
-n-grams these counts are not; nor compare bands with one another, as frequent n-grams are easier to
-go on from for every model.
+where they were not. Cannot show: anything of a model that was trained on another text, or on a part
+of this one as `engram demo`'s are (`engram bands` counts that part), whose n-grams these counts are
+not; nor compare bands with one another, as frequent n-grams are easier to go on from for every
+model.
 
 Shapes: T token ids of the text, W windows, C positions in a window.
 """
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from engram_lm import corpus
 from engram_lm.analysis.bands import BANDS
-from engram_lm.analysis.material import Material, encoded, stream
+from engram_lm.analysis.material import Material, stream, validation
 from engram_lm.errors import ConfigError
 from engram_lm.evaluate.suite_scores import Progress, SuiteScore
 from engram_lm.evaluate.token_losses import token_losses
@@ -58,13 +59,11 @@ class FrequencyBands:
     ) -> Judged:
         """Tokenises both splits and counts. apart: documents see nothing of one another. DataError
         for a tokenizer that cannot read them, or makes no two windows."""
-        validation = ((text, True) for text in corpus.documents("validation"))
         material = Material(
-            text="WordNet, validation documents",
-            **encoded(validation, tokenizer, self.tokens + 1),
+            **validation(tokenizer, self.tokens + 1),
             apart=apart,
             corpus="WordNet's training documents",
-            corpus_C=stream(_told(corpus.documents("train"), progress), tokenizer),
+            **stream(_told(corpus.documents("train"), progress), tokenizer),
             context=self.context,
         )
         canonical = CanonicalMap.from_tokenizer(tokenizer)

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.evaluate.answers import NOT_FINITE
 from engram_lm.evaluate.inference import inference
 
 IGNORED = -100
@@ -42,7 +43,7 @@ def recalled(
 ) -> npt.NDArray[np.float64]:
     """Share of each sequence's labels that are the model's likeliest next token, (N,).
 
-    progress: sequences so far.
+    progress: sequences so far. DataError where logits are not finite numbers.
     """
     found = []
     with inference(model):
@@ -50,7 +51,10 @@ def recalled(
             ids_NT, labels_NT = (
                 torch.from_numpy(part[first : first + batch]).to(model.device) for part in asked
             )
-            said_NT = model(input_ids=ids_NT, use_cache=False).logits.argmax(-1)
+            logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
+            if not torch.isfinite(logits_NTV).all():
+                raise DataError(NOT_FINITE)
+            said_NT = logits_NTV.argmax(-1)
             wanted_NT = labels_NT != IGNORED
             hits_N = ((said_NT == labels_NT) & wanted_NT).sum(1)
             found.append((hits_N.double() / wanted_NT.sum(1)).cpu().numpy())
