@@ -383,6 +383,34 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(line)
 
 
+class Longest(torch.nn.Module):
+    """Likes token 5 and no other: the more of it, the likelier a sentence."""
+
+    device = torch.device("cpu")
+
+    def forward(self, input_ids, logits_to_keep: int, **_options):
+        logits = torch.zeros(*input_ids.shape, 1_000)
+        logits[..., 5] = 3.0
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def test_minimal_pairs_are_told_kind_by_kind_and_as_the_mean_over_kinds():
+    tokenizer = corpus.tokenizer()
+    liked, other = tokenizer.decode([5]), tokenizer.decode([9])
+    assert tokenizer(liked)["input_ids"] == [5]
+    right, wrong = (
+        Pair(good=good, bad=bad, kind=kind)
+        for good, bad, kind in ((liked, other, "a"), (other, liked, "a"))
+    )
+    pairs = (right, right, right, wrong, replace(wrong, kind="b"))
+    scores = suite_scores(Longest(), tokenizer, MinimalPairs(pairs=pairs))
+    assert by_kind(scores, "preferred") == {"a": 0.75, "b": 0.0, "mean over kinds": 0.375}
+    # The standard error of the mean of the kinds' means: only kind a has any.
+    error = np.sqrt(scores[0].values_N.var() / 4) / 2
+    assert scores[-1].values_N.std() / np.sqrt(5) == pytest.approx(error)
+    assert len(suite_scores(Longest(), tokenizer, MinimalPairs(pairs=pairs[:4]))) == 1
+
+
 def test_parameters_are_counted_wherever_they_are(saved):
     model = EngramLMForCausalLM.from_pretrained(saved[0])
     disk = EngramLMForCausalLM.from_pretrained(saved[0], memory="disk", memory_budget="1MB")

@@ -61,6 +61,15 @@ def test_answers_are_right_where_every_token_is_and_cost_what_they_cost():
         answers(model, [])
 
 
+def test_a_model_whose_logits_are_not_numbers_is_refused():
+    class Diverged(Planted):
+        def forward(self, *arguments, **options):
+            return SimpleNamespace(logits=super().forward(*arguments, **options).logits * math.nan)
+
+    with pytest.raises(DataError, match="logits are not finite numbers"):
+        answers(Diverged(8, {}), [Question(prompt=(1,), answer=(3,), kind="k")])
+
+
 def spelled(ids) -> str:
     """Such that what is part of a text is part of its spelling."""
     return f" {' '.join(map(str, ids))} "

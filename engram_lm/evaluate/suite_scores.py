@@ -291,13 +291,28 @@ def _preferred(
         progress=lambda done: told(done, 2 * len(pairs)),
     )
     kinds = np.array([pair.kind for pair in pairs])
+    by_kind = {
+        kind: right[kinds == kind].astype(np.float64) for kind in dict.fromkeys(kinds.tolist())
+    }
+    if len(by_kind) > 1:
+        by_kind["mean over kinds"] = _mean_over(list(by_kind.values()))
     return [
         SuiteScore(
             suite="minimal_pairs",
             kind=kind,
             metric="preferred",
             chance=PAIR_CHANCE,
-            values_N=right[kinds == kind].astype(np.float64),
+            values_N=values_N,
         )
-        for kind in dict.fromkeys(kinds.tolist())
+        for kind, values_N in by_kind.items()
     ]
+
+
+def _mean_over(kinds: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    """Values whose mean is the mean of the kinds' means, as BLiMP is reported, and whose spread is
+    that within kinds."""
+    mean = np.mean([values_N.mean() for values_N in kinds])
+    each = sum(map(len, kinds)) / len(kinds)
+    off = [(values_N - values_N.mean()) * each / len(values_N) for values_N in kinds]
+    spread: npt.NDArray[np.float64] = mean + np.concatenate(off)
+    return spread
