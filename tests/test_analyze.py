@@ -19,6 +19,7 @@ from engram_lm.analysis.analyze import DEFAULT, PARTS, WITHOUT_MEMORY, Subject, 
 from engram_lm.analysis.band_findings import band_findings, error, seeds_by_band
 from engram_lm.analysis.bands import BANDS
 from engram_lm.analysis.cka import alignment_index
+from engram_lm.analysis.escape import escape
 from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.gate_scores import gate_scores, ranked
 from engram_lm.analysis.gates import AT_ONCE, LONG, gate_trace, stream_gates
@@ -185,12 +186,38 @@ def test_a_token_says_its_rows_and_who_else_reads_them(found):
     seen = trace.counts[0][place] > 0
     said = (
         f"layer {layer}, 2-gram reads rows {rows[0]:,}, {rows[1]:,} (other n-grams on them: "
-        f"{sharers[0] - seen}, {sharers[1] - seen})"
+        f"{sharers[0] - seen}, {sharers[1] - seen}); "
+        f"value of length {trace.values[0][place][0]:.2f} of the whole of 1"
     )
     assert said in html
+    shown = trace._repr_html_()  # in a notebook
+    assert escape(said) in shown and shown.count("<span") == len(trace.tokens)
+    balance = Balance()
+    balance.feed(found.gates.traces[2]._repr_html_())  # a hostile text
+    assert balance.open == [] and "script" not in balance.tags
     change = trace.losses_off[place] - trace.losses[place]
     assert f"{change:+.3f}".replace("-", "\u2212") in html
     assert re.search(rf"--{'up' if change > 0 else 'down'}:{min(1, abs(change) / 3):.3f}", html)
+
+
+def test_values_are_those_of_each_order_alone(canonical, tokenizer):
+    model = build(canonical)
+    trace = gate_trace(model, tokenizer, "New York is a city.")
+    fuse = model.model.layers[2].engram
+    vectors = []
+    hook = fuse.register_forward_hook(lambda _m, inputs, _f: vectors.append(inputs[1]))
+    with hook, torch.no_grad():
+        model(torch.tensor([trace.ids]))
+    weight, half = fuse.kv.weight[-fuse.width :].detach().double(), vectors[0].shape[-1] // 2
+    for token, (second, third) in enumerate(trace.values[1]):
+        vector = vectors[0][0, token].double()
+        whole = (weight @ vector).norm()
+        assert second == pytest.approx(float((weight[:, :half] @ vector[:half]).norm() / whole))
+        assert third == pytest.approx(float((weight[:, half:] @ vector[half:]).norm() / whole))
+    with torch.no_grad():
+        fuse.kv.weight[-fuse.width :] = 0
+    nothing = gate_trace(model, tokenizer, "New York")
+    assert set(itertools.chain(*nothing.values[1])) == {0.0}
 
 
 def test_bands_of_several_checkpoints_have_errors_over_them():

@@ -19,7 +19,7 @@ from engram_lm.analysis.ablation import memory_decoder, memory_off
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import NOT_FINITE, separator_of
 from engram_lm.evaluate.inference import inference
-from engram_lm.memory.fuse import Fused
+from engram_lm.memory.fuse import Fuse, Fused
 from engram_lm.model.attached_decoder import decoder_layers
 
 Values = npt.NDArray[np.float32]
@@ -65,6 +65,16 @@ class GateTrace:
     contributions: Nested
     """Layer -> token -> stream: length of what memory adds over length of the hidden state."""
 
+    values: Nested
+    """Layer -> token -> order: length of the value that this order's rows alone would give, over
+    that of all rows together; before the gate, and of no stream. 0 where the whole is 0."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text on the colours of its largest gates."""
+        from engram_lm.analysis.token_html import inline
+
+        return inline(self)
+
     @property
     def gates_LTS(self) -> Values:
         return np.array(self.gates, dtype=np.float32)
@@ -94,7 +104,10 @@ def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
     orders = list(range(2, memory.specification.max_order + 1))
     ids_BT = torch.tensor([ids], device=model.device)
     with inference(model):
-        with watched_gates(model, layers) as (gates, contributions):
+        with (
+            watched_gates(model, layers) as (gates, contributions),
+            _watched_values(model, layers, len(orders)) as values,
+        ):
             losses = _losses(model, ids_BT)
         with memory_off(model):
             losses_off = _losses(model, ids_BT)
@@ -114,6 +127,7 @@ def gate_trace(model: Any, tokenizer: Any, text: str) -> GateTrace:
         alone=alone,
         gates=[gates[layer][0].tolist() for layer in layers],
         contributions=[contributions[layer][0].tolist() for layer in layers],
+        values=[values[layer][0].tolist() for layer in layers],
     )
 
 
@@ -244,6 +258,31 @@ def watched_gates(
         for layer in layers:
             watch(stack, layer)
         yield gates, contributions
+
+
+@contextmanager
+def _watched_values(model: Any, layers: list[int], orders: int) -> Iterator[dict[int, Tensor]]:
+    """Inside, each forward pass leaves layer -> (B, T, orders): `GateTrace.values`."""
+    values: dict[int, Tensor] = {}
+    blocks: Any = decoder_layers(model.base_model)
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def keep(
+                fuse: Fuse, inputs: tuple[Any, ...], _fused: Fused, layer: int = layer
+            ) -> None:
+                weight_DM = fuse.kv.weight[-fuse.width :].float()
+                vectors_BTM = inputs[1].float()
+                parts = zip(
+                    vectors_BTM.chunk(orders, dim=-1), weight_DM.chunk(orders, dim=1), strict=True
+                )
+                alone_BTN = torch.stack([(v @ w.T).norm(dim=-1) for v, w in parts], dim=-1)
+                whole_BT1 = (vectors_BTM @ weight_DM.T).norm(dim=-1, keepdim=True)
+                shares_BTN = alone_BTN / whole_BT1.clamp_min(torch.finfo(torch.float32).tiny)
+                values[layer] = torch.where(whole_BT1 > 0, shares_BTN, 0.0).cpu()
+
+            stack.enter_context(blocks[layer].engram.register_forward_hook(keep))
+        yield values
 
 
 def _ngrams(tokenizer: Any, ids: list[int], order: int) -> list[str]:

@@ -51,6 +51,18 @@ def coloured(trace: GateTrace) -> str:
     )
 
 
+def inline(trace: GateTrace) -> str:
+    """One text by its gates, without a page around it."""
+    spans = []
+    for token in range(len(trace.tokens)):
+        gates, added = _flat(trace.gates, token), _flat(trace.contributions, token)
+        said = escape(_tooltip(trace, token, gates, added))
+        style = f"background:rgba(213,94,0,{max(gates):.3f});color:#1b1b1b"
+        written = visible(trace.tokens[token])
+        spans.append(f'<wbr><span style="{style};padding:.1em" title="{said}">{written}</span>')
+    return f'<p style="background:#fff;line-height:1.8;padding:.5em">{"".join(spans)}</p>'
+
+
 def visible(text: str) -> str:
     """Escaped, with spaces, line ends and characters of no shape to be seen."""
     return "".join(_visible(character) for character in text)
@@ -123,7 +135,8 @@ def _tooltip(trace: GateTrace, token: int, gates: Sequence[float], added: Sequen
                 known = trace.counts is not None and trace.counts[index][token] > 0
                 others = [sharers - known for sharers in trace.sharers[place][token][part]]
                 said += f" (other n-grams on them: {', '.join(map(str, others))})"
-            lines.append(f"layer {layer}, {order}-gram reads rows {said}")
+            value = f"value of length {trace.values[place][token][index]:.2f} of the whole of 1"
+            lines.append(f"layer {layer}, {order}-gram reads rows {said}; {value}")
     return "\n".join(lines)
 
 
