@@ -220,13 +220,25 @@ def test_numbers_of_the_two_source_study_are_those_of_its_result():
         f"of layer 5 keeps {share('MoE_experts_of_layer_5_off_trained_after_above_chance')}",
         f"{share(off.format('given_after'))} of given facts right behind the name; "
         f"{share(off.format('given_later'))} beyond an n-gram",
-        f"instead of none, {share(kept.format('updates_at_their_mean', 'given_later'))} beyond an "
-        f"n-gram, and {share(kept.format('updates_at_their_mean', 'trained_after'))} of trained",
+        f"layer 1 alone off keeps {share('Engram_layer_1_off_given_after_above_chance')} of given "
+        "facts right behind the name and "
+        f"{share('Engram_layer_1_off_trained_after_above_chance')} of trained ones",
+        f"random rows {share(kept.format('random_rows_of_equal_norm', 'given_later'))} stay beyond",
+        f"at its mean {share(kept.format('updates_at_their_mean', 'given_later'))}, where on the "
+        f"same questions none at all leaves {share(kept.format('memory_off', 'given_later'))}",
         f"over blocks: {told('lens_final_to_layer_Engram')} against "
-        f"{told('lens_final_to_layer_MoE')} of the MoE",
+        f"{told('lens_final_to_layer_MoE')} of the MoE; below the middle "
+        f"{told('lens_final_to_layer_Engram_below_middle')} against "
+        f"{told('lens_final_to_layer_MoE_below_middle')}",
         f"by {told('lens_loss_difference', -1)} nats",
-        f"of block 0: {told('alignment_index_block_0')}",
-        f"{flat['alignment_null_block_0_low']:.2f} to {flat['alignment_null_block_0_high']:.2f}",
+        f"nearer by {told('lens_final_to_layer_difference_block_0', -1)} already; with memory "
+        f"off the mean is {told('lens_final_to_layer_Engram_memory_off')} to a final distribution "
+        f"that knows less, and the readings' loss {told('lens_loss_Engram_memory_off')} "
+        f"(MoE: {told('lens_loss_MoE')})",
+        f"alignment index {told('alignment_index_block_0')} and {told('alignment_index_block_1')}",
+        f"by {told('alignment_above_null_block_0')} and {told('alignment_above_null_block_1')}, "
+        "above 0 in each of three MoEs; blocks 2 to 5 by at most "
+        f"{told('alignment_above_null_block_4')}",
         f"{told('gate_auroc_names_layer_1_stream_0_order_2')} (layer 1) and "
         f"{told('gate_auroc_names_layer_3_stream_0_order_2')} (layer 3)",
         f"keep {share(kept.format('gates_at_their_mean', 'trained_after'))} of trained facts and "
@@ -241,9 +253,13 @@ def test_numbers_of_the_two_source_study_are_those_of_its_result():
         assert flat[f"{arm}_{kind.replace('/', '_')}_mean"] > 0.995
     bands = record["raw"]["analysis"]["bands"]
     assert abs(bands["difference_mean"]) < 2 * bands["difference_error"]  # "not told apart"
-    for block in range(6):
-        index = flat[f"alignment_index_block_{block}_mean"]
-        assert index <= flat[f"alignment_null_block_{block}_high"]
+    alignment = record["raw"]["analysis"]["alignment"]
+    assert all(min(above[:2]) > 0 for above in alignment["above"]) and len(alignment["above"]) == 3
+    most = max(flat[f"alignment_above_null_block_{block}_mean"] for block in range(2, 6))
+    assert most == flat["alignment_above_null_block_4_mean"]
+    assert alignment["likest"][:2] == [3, 3]
+    first = [index[0] for index in alignment["index"]]
+    assert f"({min(first):.1f} to {max(first):.1f} for block 0, by MoE)" in page
     for part in ("memory off", "layer 1 off"):
         later = [seed[f"Engram, {part}"]["given/later"] for seed in record["raw"]["asked"]]
         assert sum(score < 0.5 for score in later) == 1 and len(later) == 3
