@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DEEPSEEK_TOKENIZER
 from test_harness import COMMAND as HARNESS_COMMAND
@@ -199,17 +201,71 @@ def test_the_page_on_analysis_says_what_its_report_costs():
     assert cost["seconds_max"] < 120
 
 
+def spread(flat: dict, name: str, scale: float = 1, form: str = ".2f") -> str:
+    mean, sd = flat[f"{name}_mean"] * scale, flat[f"{name}_sd"] * abs(scale)
+    return f"{mean:{form}} ± {sd:{form}}"
+
+
+def percent(flat: dict, name: str) -> str:
+    return f"{spread(flat, name, 100, '.0f')} %"
+
+
+def test_numbers_of_the_pair_that_reads_wordnet_are_those_of_its_result():
+    record = json.loads((ROOT / "results" / "two_source_text.json").read_text())
+    flat, page = record["summary"], (ROOT / "docs" / "analysis.md").read_text()
+    _, _, page = page.partition("### And a pair that reads WordNet as well")
+    told, share = partial(spread, flat), partial(percent, flat)
+    assert flat["seeds"] == 3 and f"{flat['tokens'] / 1e6:.1f}M tokens" in page
+    off, kept = "Engram_memory_off_{}_above_chance", "kept_{}_two_source_{}"
+    moe = "MoE_experts_of_layer_0_off_{}_above_chance"
+    bands = record["raw"]["analysis"]["bands"]
+    above = "alignment_above_null_block_{}"
+    gate = "gate_auroc_{}_layer_{}_stream_0_order_2"
+    for said in (
+        f"lower by {-bands['difference_mean']:.3f} ± {bands['difference_error']:.3f} nats",
+        f"keeps {share(off.format('trained_after'))} of trained facts right behind the name, "
+        f"{share(off.format('trained_later'))} beyond an n-gram",
+        f"rows permuted {share(kept.format('rows_permuted', 'trained_after'))}, random rows of "
+        f"equal norm {share(kept.format('random_rows_of_equal_norm', 'trained_after'))}. The MoE "
+        f"without the routed experts of layer 0 keeps {share(moe.format('trained_after'))}, and "
+        f"{share(moe.format('trained_later'))} beyond",
+        f"{share(off.format('given_after'))} of given facts stay right behind the name, "
+        f"{share(off.format('given_later'))} beyond",
+        f"leaves {share(kept.format('updates_at_their_mean', 'given_after'))} behind the name. "
+        f"The MoE without layer 0's experts keeps {share(moe.format('given_after'))} and "
+        f"{share(moe.format('given_later'))}",
+        f"by {told('lens_final_to_layer_difference')} nats, below the middle by "
+        f"{told('lens_final_to_layer_difference_below_middle')}",
+        f"the readings' loss by {told('lens_loss_difference')}",
+        f"by {told(above.format(2))}, {told(above.format(3))}, {told(above.format(4))} and "
+        f"{told(above.format(5))}, above 0",
+        f"by {told(above.format(0))} and {told(above.format(1))}",
+        f"names {told(gate.format('names', 1))} (layer 1) and "
+        f"{told(gate.format('names', 3))} (layer 3)",
+        f"more {told(gate.format('frequent', 1))} and {told(gate.format('frequent', 3))}. Gates "
+        f"held at their mean cost {told('without_gates_at_their_mean')} nats",
+    ):
+        assert said in page, said
+    line = README.replace("\n", " ")
+    assert ", ".join(share(off.format(kind)) for kind in ("trained_after", "given_after")) in line
+    for arm, kind in product(("MoE", "Engram"), record["raw"]["asked"][0]["MoE"]):
+        assert flat[f"{arm}_{kind.replace('/', '_')}_mean"] > 0.99  # "know and read everything"
+    for moe_seed in record["raw"]["analysis"]["alignment"]["above"]:
+        assert min(moe_seed[2:6]) > 0
+    facts = [
+        {row["part"]: row["value"] for row in seed if row["kind"] == "train/worded"}
+        for seed in record["raw"]["analysis"]["suites"]
+    ]
+    means = {part: np.mean([seed[part] for seed in facts]) for part in ("as it is", "memory off")}
+    assert f"{means['as it is']:.2f} with memory, {means['memory off']:.2f}" in page
+    given = [seed["Engram, memory off"]["given/after"] for seed in record["raw"]["asked"]]
+    assert sum(score > 0.1 for score in given) == 1  # "but for one seed of three"
+
+
 def test_numbers_of_the_two_source_study_are_those_of_its_result():
     record = json.loads((ROOT / "results" / "two_source.json").read_text())
     flat, page = record["summary"], (ROOT / "docs" / "analysis.md").read_text()
-
-    def told(name: str, scale: float = 1, form: str = ".2f") -> str:
-        mean, sd = flat[f"{name}_mean"] * scale, flat[f"{name}_sd"] * abs(scale)
-        return f"{mean:{form}} ± {sd:{form}}"
-
-    def share(name: str) -> str:
-        return f"{told(name, 100, '.0f')} %"
-
+    told, share = partial(spread, flat), partial(percent, flat)
     assert flat["seeds"] == 3 and f"{flat['tokens'] / 1e6:.1f}M tokens" in page
     off, kept = "Engram_memory_off_{}_above_chance", "kept_{}_two_source_{}"
     for said in (

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_suites import Planted
 
 from engram_lm import EngramLMForCausalLM
 from engram_lm.errors import DataError
@@ -103,6 +104,30 @@ def test_what_a_part_leaves_is_told_where_all_seeds_had_a_score(recipe):
     flat = recipe.two_source_summary.kept(SimpleNamespace(suites=seeds))
     name = "kept_rows_permuted_two_source_given_later"
     assert flat == {f"{name}_mean": 0.5, f"{name}_sd": pytest.approx(0.125**0.5)}
+
+
+def test_a_value_is_asked_among_those_of_its_relation(recipe):
+    import two_source_values
+
+    study = recipe.STUDIES["twins"](small=True)
+    values = two_source_values.values_of(study)
+    words = study.world.words()
+    assert [[words[value] for value in each] for each in values] == [
+        [f"relation{relation}value{value}" for value in range(20)] for relation in (0, 1)
+    ]
+    questions = study.questions(9)
+    known = {question.prompt: question.answer[0] for question in questions[::2]}
+
+    def loud(_module, _inputs, output):
+        output.logits[..., 2] = 99.0  # another kind of word above all
+
+    model = Planted(len(words), known)
+    with model.register_forward_hook(loud):
+        found = two_source_values.among(model, questions, values)
+    # What it was not told it takes for the first value of the relation.
+    first = {each[0] for each in values}
+    wanted = [place % 2 == 0 or q.answer[0] in first for place, q in enumerate(questions)]
+    assert found == wanted and not all(found)
 
 
 @pytest.mark.long
