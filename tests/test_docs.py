@@ -220,6 +220,16 @@ def test_numbers_of_the_pair_that_reads_wordnet_are_those_of_its_result():
     moe = "MoE_experts_of_layer_0_off_{}_above_chance"
     bands = record["raw"]["analysis"]["bands"]
     above = "alignment_above_null_block_{}"
+    among = json.loads((ROOT / "results" / "two_source_values.json").read_text())["summary"]
+
+    def text(kind: str) -> str:
+        return spread(among, f"two_source_text_Engram_memory_off_{kind}")
+
+    def twins(kind: str) -> str:
+        return spread(among, f"two_source_Engram_memory_off_{kind}")
+
+    moe_reads = spread(among, "two_source_text_MoE_experts_of_layer_0_off_given_after")
+    page = page.replace("\n", " ")
     gate = "gate_auroc_{}_layer_{}_stream_0_order_2"
     for said in (
         f"lower by {-bands['difference_mean']:.3f} ± {bands['difference_error']:.3f} nats",
@@ -234,6 +244,11 @@ def test_numbers_of_the_pair_that_reads_wordnet_are_those_of_its_result():
         f"leaves {share(kept.format('updates_at_their_mean', 'given_after'))} behind the name. "
         f"The MoE without layer 0's experts keeps {share(moe.format('given_after'))} and "
         f"{share(moe.format('given_later'))}",
+        f"values alone: {text('given_after')} right, and {text('given_later')} beyond an n-gram, "
+        f"where trained facts have {text('trained_after')} and {text('trained_later')}",
+        f"The twins have {twins('given_after')} and {twins('given_later')} so, trained facts "
+        f"{twins('trained_after')} and {twins('trained_later')}",
+        f"layer 0's experts reads {moe_reads} behind the name",
         f"by {told('lens_final_to_layer_difference')} nats, below the middle by "
         f"{told('lens_final_to_layer_difference_below_middle')}",
         f"the readings' loss by {told('lens_loss_difference')}",
@@ -257,7 +272,7 @@ def test_numbers_of_the_pair_that_reads_wordnet_are_those_of_its_result():
         for seed in record["raw"]["analysis"]["suites"]
     ]
     means = {part: np.mean([seed[part] for seed in facts]) for part in ("as it is", "memory off")}
-    assert f"{means['as it is']:.2f} with memory, {means['memory off']:.2f}" in page
+    assert f"{means['as it is']:.2f} with memory, {means['memory off']:.2f} without" in page
     given = [seed["Engram, memory off"]["given/after"] for seed in record["raw"]["asked"]]
     assert sum(score > 0.1 for score in given) == 1  # "but for one seed of three"
 
