@@ -322,6 +322,10 @@ def test_documents_are_judged_apart_for_a_model_that_sees_them_so(monkeypatch, c
     within_T = judged.bands_OT[0] == 0
     wanted = losses_T[within_T].sum() / judged.material.bytes_T[1:][within_T].sum() / np.log(2)
     assert suite.scores(model, judged)[0].mean == pytest.approx(wanted, rel=1e-5)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(DataError, match="frequency_bands: some of the model's logits"):
+        suite.scores(model, judged)
 
 
 def test_every_suite_says_what_it_shows_and_what_it_cannot():

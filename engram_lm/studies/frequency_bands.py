@@ -24,7 +24,8 @@ import numpy.typing as npt
 from engram_lm import corpus
 from engram_lm.analysis.bands import BANDS
 from engram_lm.analysis.material import Material, stream, validation
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.evaluate.answers import NOT_FINITE
 from engram_lm.evaluate.suite_scores import Progress, SuiteScore
 from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.memory.canonical import CanonicalMap
@@ -73,7 +74,8 @@ class FrequencyBands:
     def scores(
         self, model: Any, judged: Judged, *, batch: int = 32, progress: Progress | None = None
     ) -> list[SuiteScore]:
-        """A score each order and band that has tokens; one value a window."""
+        """A score each order and band that has tokens; one value a window. DataError where losses
+        are not finite numbers."""
         material = judged.material
         ids_T = material.stream_T
         bytes_T = material.bytes_T[1 : len(ids_T)]
@@ -85,6 +87,8 @@ class FrequencyBands:
             starts_T=material.read_starts_T,
             progress=_of(len(bytes_T), progress),
         )
+        if not np.isfinite(losses_T).all():
+            raise DataError(f"frequency_bands: {NOT_FINITE}")
         found = []
         for order, bands_T in enumerate(judged.bands_OT, start=2):
             for place, band in enumerate(BANDS):
