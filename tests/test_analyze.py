@@ -479,6 +479,12 @@ def test_documents_are_kept_apart_for_a_model_trained_so(canonical, tokenizer, m
     assert tokens == len(ids_T) - 1 - len(begins)
     lens = made.lens["m"]
     windows = replace(material, apart=True)
+    # Nor does a gate count as of a frequent n-gram, or of another, whose n-gram is padding.
+    (bigrams,) = material.counts(canonical, 2)
+    canonical_NT = canonical.ids_V.numpy()[material.windows_NT[:, :-1]]
+    often = np.stack([bigrams.of(canonical_T) for canonical_T in canonical_NT]) >= 10
+    whole = windows.positions_NT >= 1
+    assert made.gates.scores[0][0]["frequent"] == (often & whole).sum() < often.sum()
     direct = logit_lens(apart, windows.windows_NT, positions_NT=windows.positions_NT)
     assert [each["mean"] for each in lens.normed["loss"]] == pytest.approx(
         direct.normed["loss"].mean(axis=1).tolist()

@@ -63,7 +63,8 @@ def _sharing(model: Any, tokenizer: Any, path: Path) -> Any:
                 yield piece.text, piece.starts
                 bars.update(reading, completed=piece.read)
 
-        ids_T, starts_T = stream(texts(), tokenizer).values()
+        counted = stream(texts(), tokenizer)
+        ids_T, starts_T = counted["corpus_C"], counted["corpus_starts_C"]
         if len(ids_T) < addresses.specification.max_order:
             raise DataError(f"{path}: {len(ids_T)} tokens, which make no n-gram of each order")
         return sharing_of(
