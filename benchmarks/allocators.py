@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
+
 import torch
 from arms import both_arms, speeds_in_turn
 
@@ -47,7 +49,7 @@ def main() -> None:
     if arguments.case is not None:
         print(json.dumps(measure(arguments.case)))
         return
-    record = Record("allocators")
+    record = Record("allocators", precision="auto")
     speeds: dict[str, Speeds] = {case: {name: [] for name in ARMS} for case in CASES}
     for _ in range(arguments.rounds):
         for case in CASES:

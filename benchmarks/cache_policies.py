@@ -23,10 +23,13 @@ summary.
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

@@ -36,6 +36,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
+
 import torch
 from retrofit_matrix import CELLS, STEP_0, Cell, matrix
 from retrofit_subjects import find_peft, load_peft, peft_config
@@ -303,8 +305,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of each arm in a round")
     arguments = parser.parse_args()
     find_peft(arguments.peft)
-    # Arms wait for one another on the same cores: threads of theirs that wait must sleep.
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     record = Record("compare_retrofit")
     cells = Process(work_matrix, arguments.peft).pipe.recv()
     memory = memory_of(arguments.megabytes)

@@ -12,8 +12,11 @@ summary.
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

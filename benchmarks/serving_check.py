@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
+
 from engram_lm.simulate.step_time import step_times
 from engram_lm.simulate.tiers import PAGE, Queue, Tier
 from engram_lm.studies.record import Record

@@ -15,11 +15,14 @@ import argparse
 import gc
 import json
 import mmap
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from matplotlib.figure import Figure
@@ -141,7 +144,7 @@ def main() -> None:
     needed = sum(map(int, arguments.rows)) * 3 * 8 * VALUE_BYTES + 3 * 2**30
     if available() < needed:
         raise ConfigError(f"rows={arguments.rows}: {needed / 1e9:.1f} GB of free memory are needed")
-    record, console = Record("table_size"), Console(stderr=True)
+    record, console = Record("table_size", precision="auto"), Console(stderr=True)
     steps = len(DRAWS) * (WARM + arguments.steps)
     config = TrainConfig(tokens=(steps + 1) * 4096, evaluate_every=10**6, checkpoint_every=10**6)
     with tempfile.TemporaryDirectory() as directory:

@@ -10,8 +10,11 @@ summary.
 
 import argparse
 import json
+import os
 import statistics
 from collections import defaultdict
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from arms import both_arms, speeds_in_turn
@@ -28,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     keep_freed_memory()
-    record, warm, timed = Record("train_step"), 3, 10
+    record, warm, timed = Record("train_step", precision="auto"), 3, 10
     with both_arms(warm + arguments.steps + timed) as runs:
         speeds = speeds_in_turn(runs, warm, arguments.steps)
         parts: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ARMS}

@@ -10,9 +10,12 @@ Faster with tcmalloc preloaded: docs/speed.md.
 
 import argparse
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from rich.console import Console

@@ -22,6 +22,7 @@ mean nothing. The last line printed is the summary.
 import argparse
 import hashlib
 import json
+import os
 import platform
 import statistics
 import time
@@ -29,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import retrofit_text
 import torch
@@ -304,7 +307,7 @@ def main() -> None:
     keep_freed_memory()
     console = Console(stderr=True)
     name = "retrofit-smoke" if arguments.smoke else "retrofit"
-    record = Record(name)
+    record = Record(name, precision="auto")
     sizes = SMOKE if arguments.smoke else Sizes()
     study = Study(sizes, arguments.seeds, Path("runs") / name, console)
     found = study.run()

@@ -33,6 +33,7 @@ from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.table import Table
 from engram_lm.model.budget import memory_components
+from engram_lm.precision import choose
 from engram_lm.train.batches import Batch, Batches
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.freeze import freeze
@@ -211,7 +212,7 @@ def teach(model: Any, stream: Continuous, config: TrainConfig, decay: float, tel
         batch = batches[step]
         seen.update(batch.inputs_BT.numpy().tobytes() + batch.targets_BT.numpy().tobytes())
         optimizer.optimizers.set_factor(config.factor(step))
-        loss = objective(batch, torch.bfloat16)
+        loss = objective(batch, choose("auto").autocast)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -244,7 +245,7 @@ def bits_per_byte(model: Any, ids_T: npt.NDArray[np.uint16], sizes: Sizes) -> fl
         ids_T,
         context=sizes.context,
         batch=sizes.batch,
-        autocast=torch.bfloat16,
+        autocast=choose("auto").autocast,
     )
     text_bytes = int(corpus.token_bytes()[ids_T[1:]].sum())
     return float(losses.sum(dtype=np.float64)) / math.log(2) / text_bytes
@@ -303,6 +304,6 @@ def seconds_a_token(model: Any, sizes: Sizes) -> float:
     took = []
     for _ in range(3):
         begun = time.perf_counter()
-        objective(Batch(ids_BT, ids_BT, None), torch.bfloat16).backward()
+        objective(Batch(ids_BT, ids_BT, None), choose("auto").autocast).backward()
         took.append(time.perf_counter() - begun)
     return min(took) / ids_BT.numel()

@@ -21,11 +21,14 @@ become seconds, and the numbers mean nothing. The last line printed is the summa
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ from engram_lm.analysis.analyze import PARTS, WITHOUT_MEMORY
 from engram_lm.analysis.measure import measure
 from engram_lm.errors import DataError
 from engram_lm.evaluate.answers import Question, answers
+from engram_lm.precision import PRECISIONS, choose
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.loop import Run
@@ -139,6 +143,7 @@ def measured(study: Twins, trained: Run, arm: str, training: Continuous, out: Pa
         "questions": number,
         "asked": asked(arm, trained.model, study.questions(number)),
         "training_seconds": trained.seconds,
+        "precision": trained.precision.name,
         "tokens": trained.config.steps * trained.config.batch * trained.config.context,
         "commit": commit(),
         "machine": machine(),
@@ -158,6 +163,15 @@ def done(path: Path, config: TrainConfig) -> bool:
     return True
 
 
+def check_precision(results: Path, precision: str) -> None:
+    """DataError where a run of the study was trained in another precision: arms and seeds of one
+    comparison differ in nothing else. Runs that say nothing of it were in bf16."""
+    for path in results.glob("*-*.json"):
+        found = json.loads(path.read_text()).get("precision", "bf16")
+        if found != precision:
+            raise DataError(f"{path}: trained in {found}, this would be in {precision}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", choices=STUDIES, default="twins")
@@ -165,6 +179,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, into NAME-smoke")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -176,6 +191,8 @@ def main() -> None:
     if arguments.smoke:
         sizes = {"tokens": SMOKE_TOKENS, "batch": 4, "validation_tokens": 512}
     results, out, console = Path("results") / name, Path("runs") / name, Console(stderr=True)
+    sizes["precision"] = choose(arguments.precision).name
+    check_precision(results, sizes["precision"])
     for seed in arguments.seeds:
         config = TrainConfig(**{"tokens": arguments.tokens, **sizes, "seed": seed})
         left = [arm for arm in arguments.arms if not done(results / f"{arm}-{seed}.json", config)]

@@ -34,11 +34,11 @@ def summarise(
 ) -> dict[str, float]:
     """Reads ARM-SEED.json and .safetensors of both arms and all seeds; writes results.json, its
     figure, and out/report."""
-    record = Record(results.name)
     runs = {
         arm: [json.loads((results / f"{arm}-{seed}.json").read_text()) for seed in seeds]
         for arm in (OWN, OTHER)
     }
+    record = Record(results.name, precision=runs[OWN][0].get("precision", "bf16"))
     found = {
         arm: [Measured.load(results / f"{arm}-{seed}.safetensors") for seed in seeds]
         for arm in (OWN, OTHER)

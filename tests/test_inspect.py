@@ -61,16 +61,19 @@ def test_a_rows_effect_is_what_it_does_alone(model, tokenizer):
         with torch.no_grad(), altered(model.model, alone):
             return model(ids, use_cache=False).logits[0, -1].double().softmax(-1)
 
+    # float32 logits of another batch: a last bit of one is 5e-7, and so are several in a sum.
     unread = probabilities(None, None)
-    assert [p for _, p in found.unread] == pytest.approx(unread.topk(RAISED).values.tolist())
+    assert [p for _, p in found.unread] == pytest.approx(
+        unread.topk(RAISED).values.tolist(), rel=1e-5
+    )
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits[0, -1].double().softmax(-1)
-    assert [p for _, p in found.read] == pytest.approx(plain.topk(RAISED).values.tolist())
+    assert [p for _, p in found.read] == pytest.approx(plain.topk(RAISED).values.tolist(), rel=1e-5)
     for effect in found.effects[::3]:
         alone = probabilities(effect.layer, (effect.order - 2) * 2 + effect.head)
         divergence = (alone * (alone / unread).log()).sum().item()
-        # float32 logits of another batch: 1e-6 in each probability's logarithm.
-        assert effect.divergence == pytest.approx(divergence, abs=1e-6) and divergence > 1e-5
+        # Divergences here are above 1e-5, and each is a mean of such probabilities' logarithms.
+        assert effect.divergence == pytest.approx(divergence, abs=4e-6) and divergence > 1e-5
         raised = (alone - unread).topk(RAISED)
         assert [gain for _, gain in effect.raised] == pytest.approx(
             raised.values.tolist(), abs=1e-6

@@ -33,8 +33,11 @@ def make_run():
     training = wordnet_stream("train", 2000)
     validation = wordnet_stream("validation", 200)
 
-    def make(out, config=EXACT) -> Run:
+    def make(out, config=EXACT, gate=None) -> Run:
         model = small_model(canonical)
+        for module in model.modules():
+            if isinstance(module, Gate) and gate is not None:
+                module.rule = gate
         return Run(model, tokenizer, config, out, training=training, validation=validation)
 
     return make
@@ -42,20 +45,22 @@ def make_run():
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_micro_batches_leave_the_gradient_of_the_whole_step(make_run, tmp_path, parts):
-    whole = make_run(tmp_path / "whole")
-    split = make_run(tmp_path / "split", replace(EXACT, micro_batches=parts))
+    # The gate's square root turns a last bit of a logit near 0 into a thousandth of a gradient.
+    whole = make_run(tmp_path / "whole", gate="plain")
+    split = make_run(tmp_path / "split", replace(EXACT, micro_batches=parts), gate="plain")
     for run in (whole, split):
         run.model.train()
         run.loss = run._backward()
         run.close()
-    # float32, the same sums in another order
-    torch.testing.assert_close(split.loss, whole.loss, rtol=1e-6, atol=0)
+    # float32, the same sums in another order: a last bit is 6e-8 of the largest partial sum, some
+    # hundred of which cancel in a gradient. A part that counts for another is off by its share.
+    torch.testing.assert_close(split.loss, whole.loss, rtol=1e-5, atol=0)
     for (name, one), other in zip(
         whole.model.named_parameters(), split.model.parameters(), strict=True
     ):
         if one.grad is not None:
             largest = one.grad.abs().max().item()
-            torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-5 * largest, msg=name)
+            torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-4 * largest, msg=name)
     for one, other in zip(
         whole.model.model.tables.values(), split.model.model.tables.values(), strict=True
     ):
@@ -63,7 +68,7 @@ def test_micro_batches_leave_the_gradient_of_the_whole_step(make_run, tmp_path, 
         wanted = one.row_gradient.values_UE
         largest = wanted.abs().max().item()
         torch.testing.assert_close(
-            other.row_gradient.values_UE, wanted, rtol=0, atol=1e-5 * largest
+            other.row_gradient.values_UE, wanted, rtol=0, atol=1e-4 * largest
         )
 
 

@@ -73,6 +73,9 @@ def from_disk(
             attn_implementation=model.config._attn_implementation,
             experts_implementation=model.config._experts_implementation,
         ).to(model.device)
+        # Weights opened from a file begin anywhere; on some CPUs a product's last bit depends on
+        # it. Copies begin where those of the other model do.
+        served._apply(torch.clone)
         tables_on_disk = served.model.served
         for number in [0, *range(passes)]:
             window = torch.from_numpy(ids_T[number * step : (number + 1) * step].astype(np.int64))

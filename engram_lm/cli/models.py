@@ -1,5 +1,6 @@
 """What verbs that open models share."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,15 +27,28 @@ def opening(directory: Path) -> Iterator[None]:
 
 
 def open_model(directory: Path, places: dict[str, Any]) -> Any:
-    """A causal language model: with its memory, in these places, or one that has none."""
+    """A causal language model: with its memory, in these places, or one that has none.
+
+    In float32, and said on standard error, where its own dtype is slow on this machine.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from engram_lm.model.attached import AttachedForCausalLM
+    from engram_lm.precision import fast_products, opening_dtype
 
     config: Any = AutoConfig.from_pretrained(directory)
+    options: dict[str, Any] = {}
+    stored = getattr(config, "dtype", None)
+    if stored is not None and opening_dtype(stored) != stored:
+        options["dtype"] = opening_dtype(stored)
+        print(
+            f"{directory}: opened as float32, in which its {stored} weights have the same values; "
+            f"{fast_products(stored, 'cpu')[1]}",
+            file=sys.stderr,
+        )
     if not hasattr(config, "memory_config"):
-        return AutoModelForCausalLM.from_pretrained(directory)
-    return AttachedForCausalLM.from_pretrained(directory, **places)
+        return AutoModelForCausalLM.from_pretrained(directory, **options)
+    return AttachedForCausalLM.from_pretrained(directory, **places, **options)
 
 
 def open_tokenizer(directory: Path) -> Any:

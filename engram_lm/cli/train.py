@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             f"engram train: {name}, step {run.step_number} of {config.steps}, into {arguments.out}"
         )
+    if workers.main:
+        print(f"{run.precision}, {torch.get_num_threads()} threads", file=sys.stderr)
     train([run], [name])
     run.close()
     workers.close()

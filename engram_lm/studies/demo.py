@@ -21,6 +21,7 @@ from engram_lm.analysis.compare import Arm, compare
 from engram_lm.analysis.demo_report import write_demo_report
 from engram_lm.analysis.material import Material, encoded
 from engram_lm.analysis.results import DemoResults, TrainingLog
+from engram_lm.errors import MismatchError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.model.budget import ledger
 from engram_lm.model.modeling import EngramLMForCausalLM
@@ -57,6 +58,13 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
         )
         for name, preset_name in ARMS.items()
     }
+    moe, engram = (run.precision for run in runs.values())
+    if moe.name != engram.name:
+        raise MismatchError(
+            f"{out}: one arm began in {moe.name}, the other in {engram.name}, on two kinds of "
+            f"machine; delete the directory, or set train.precision"
+        )
+    console.print(f"{moe}, {torch.get_num_threads()} threads")
     train(list(runs.values()), list(runs))
     arms = {
         name: Arm(name=name, model=run.model, log=training_log(run)) for name, run in runs.items()
@@ -73,7 +81,7 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
             command=command,
             settings=settings(config, runs),
             machine={**machine(), "system": platform.platform()},
-            autocast=torch.bfloat16 if config.precision == "bf16" else None,
+            autocast=moe.autocast,
             progress=lambda what, done, of: status.update(f"{what}: {done:,} of {of:,}"),
         )
         write_demo_report(out, results)
@@ -157,7 +165,7 @@ def settings(config: TrainConfig, runs: dict[str, Run]) -> dict[str, Any]:
             f"{config.table_lr_multiplier:g} times that; weight decay {config.weight_decay:g} "
             "(matrices only)"
         ),
-        "Precision": config.precision,
+        "Precision": str(runs["Engram"].precision),
     }
 
 

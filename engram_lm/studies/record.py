@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm import whole
+from engram_lm.precision import choose
 from engram_lm.train.provenance import commit, machine
 
 
 class Record:
-    """One study or benchmark. Made when it starts: commit and time are those it ran with."""
+    """One study or benchmark. Made when it starts: commit and time are those it ran with.
 
-    def __init__(self, name: str) -> None:
+    precision: "auto", "bf16" or "fp32", of the models it trains or asks; None where it has none.
+    """
+
+    def __init__(self, name: str, precision: str | None = None) -> None:
+        self.precision = None if precision is None else choose(precision).name
         self.path = Path("results") / f"{name}.json"
         self.commit = commit()
         self.started = time.perf_counter()
@@ -38,6 +43,7 @@ class Record:
             "command": shlex.join(["python", *sys.argv]),
             "commit": self.commit,
             "machine": machine(),
+            "precision": self.precision,
             "seeds": seeds,
             "wall_seconds": before + time.perf_counter() - self.started,
             "raw": dict(raw),

@@ -78,6 +78,10 @@ class Checkpoints:
         """
         return self.together.do(self.out, lambda: _last(self.out, identity))
 
+    def setting(self, name: str) -> Any:
+        """What the last checkpoint says of a training setting; None where there is none to read."""
+        return self.together.tell(_setting(self.out, name))
+
     def read(self, checkpoint: "Checkpoint", tensors: dict[str, Tensor]) -> None:
         """Fills these tensors in place, each worker its rows.
 
@@ -139,10 +143,9 @@ def _last(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
             f"{out / _EARLIER}: a checkpoint of an earlier version, which this one cannot read; "
             "use another --out, or delete it"
         )
-    paths = [path for path in (out / "checkpoints").glob("step-*") if not path.suffix]
-    if not paths:
+    path = _latest(out)
+    if path is None:
         return None
-    path = max(paths, key=lambda path: path.name)
     try:
         record = json.loads((path / FILE_NAME).read_text())
         if (record["format"], record["version"]) != (FORMAT, VERSION):
@@ -165,6 +168,21 @@ def _last(out: Path, identity: dict[str, Any]) -> Checkpoint | None:
         if isinstance(saved, TensorStorageMetadata)
     }
     return Checkpoint(path, record, shapes)
+
+
+def _latest(out: Path) -> Path | None:
+    paths = [path for path in (out / "checkpoints").glob("step-*") if not path.suffix]
+    return max(paths, key=lambda path: path.name, default=None)
+
+
+def _setting(out: Path, name: str) -> Any:
+    path = _latest(out)
+    if path is None:
+        return None
+    try:
+        return json.loads((path / FILE_NAME).read_text())["identity"]["train"][name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # `last` says what is wrong with it
 
 
 def _check_size(file: Path, size: int) -> None:

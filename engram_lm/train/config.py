@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from engram_lm.errors import ConfigError
+from engram_lm.precision import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,9 @@ class TrainConfig:
     """Of the routing bias, per step. The usual 0.001 is for many times as many steps."""
     frozen: tuple[str, ...] = ()
     """Parts that keep their values: tables, tables.LAYER, fusion or backbone."""
-    precision: str = "bf16"
-    """bf16 autocast, or fp32."""
+    precision: str = "auto"
+    """Of matrix products: bf16 (autocast, and Muon's orthogonalisation), fp32, or auto: bf16 where
+    the device multiplies it in hardware. A run that goes on keeps what it began with."""
     backbone: str = "ddp"
     """On several workers, whole on each; or fully_shard, a part on each, as tables always are."""
     attention: str = "eager"
@@ -72,7 +74,7 @@ class TrainConfig:
                 f"warmup={self.warmup}, decay_at={self.decay_at}: shares of all steps"
             )
         choices = {
-            "precision": ("bf16", "fp32"),
+            "precision": PRECISIONS,
             "backbone": ("ddp", "fully_shard"),
             "attention": ("eager", "sdpa"),
             "table_optimizer": ("adam", "rowwise"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError
+from engram_lm.precision import choose
 from engram_lm.train.optimizers import Optimizers, groups
 
 
@@ -41,8 +42,9 @@ def param_groups(
 class JointOptimizer(torch.optim.Optimizer):
     """Muon, Adam and row Adam as one; `step` first clips the joint norm of all gradients, rows too.
 
-    clip: that norm's limit, None for no limit. `norm`: what the last step found, a scalar;
-    `taken`: False where it was not finite, and nothing moved.
+    clip: that norm's limit, None for no limit. precision: of Muon's products, "bf16", "fp32" or
+    "auto", which is bf16 where the model's device multiplies it in hardware. `norm`: what the last
+    step found, a scalar; `taken`: False where it was not finite, and nothing moved.
     Schedulers scale each group's own learning rate. Row gradients are used up by `step`.
     """
 
@@ -54,11 +56,16 @@ class JointOptimizer(torch.optim.Optimizer):
         table_lr_multiplier: float = 5.0,
         weight_decay: float = 0.1,
         clip: float | None = 1.0,
+        precision: str = "auto",
     ) -> None:
         if clip is not None and not clip > 0:
             raise ConfigError(f"clip={clip}: above 0, or None for no limit")
         self.optimizers = Optimizers(
-            model, lr=lr, table_lr_multiplier=table_lr_multiplier, weight_decay=weight_decay
+            model,
+            lr=lr,
+            table_lr_multiplier=table_lr_multiplier,
+            weight_decay=weight_decay,
+            muon_dtype=choose(precision, next(model.parameters()).device).dtype,
         )
         self.clip = float("inf") if clip is None else clip
         self.norm: Tensor | None = None

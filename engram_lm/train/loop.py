@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from engram_lm.evaluate.token_losses import token_losses
 from engram_lm.model.budget import ledger
 from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.precision import DTYPES, Precision, choose
 from engram_lm.train import telemetry
 from engram_lm.train.balance import Balancer
 from engram_lm.train.batches import Batches, check_step
@@ -54,6 +55,8 @@ class Run:
     origin: of the saved model that the weights are from; the run goes on only with the same.
     workers: those that share each step's sequences; all make the same Run, and main writes.
     ConfigError or DataError where there is not a sequence for each of their micro-batches.
+
+    `precision` is what "auto" came to, and `config` says so too.
     """
 
     def __init__(
@@ -68,8 +71,12 @@ class Run:
         workers: Workers | None = None,
         origin: str | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config, self.out = model, tokenizer, config, out
+        self.model, self.tokenizer, self.out = model, tokenizer, out
         self.validation, self.workers = validation, workers or Workers()
+        self.together = Together()
+        self.checkpoints = Checkpoints(out, self.together)
+        self.precision = self._choose(config.precision)
+        self.config = config = replace(config, precision=self.precision.name)
         model.set_attn_implementation(config.attention)
         check_step(training, config, self.workers)
         self.batches = Batches(
@@ -79,7 +86,6 @@ class Run:
             seed=config.seed,
             rows=self.workers.share(config.batch),
         )
-        self.autocast = torch.bfloat16 if config.precision == "bf16" else None
         objective = Objective(model)
         if self.workers.size > 1 and not _shared(model):
             shard_tables(model)
@@ -96,9 +102,8 @@ class Run:
             weight_decay=config.weight_decay,
             table_optimizer=config.table_optimizer,
             seed=config.seed,
+            muon_dtype=self.precision.dtype,
         )
-        self.together = Together()
-        self.checkpoints = Checkpoints(out, self.together)
         self.state = State(model, self.optimizers)
         self.balancer = Balancer(model, config.balance_rate, self.workers)
         self.telemetry = Telemetry(model)
@@ -176,7 +181,8 @@ class Run:
             # is in them.
             share = part.targets_BT.numel() / (config.batch * config.context)
             with synchronised(self.objective, index == len(parts) - 1):
-                loss = self.objective(part.to(device), self.autocast) * (share * self.workers.size)
+                loss = self.objective(part.to(device), self.precision.autocast)
+                loss = loss * (share * self.workers.size)
                 loss.backward()
             total += loss.detach()
         return total
@@ -224,7 +230,7 @@ class Run:
                 starts_T=self.validation.starts(0, tokens),
                 context=self.config.context,
                 batch=self.config.batch,
-                autocast=self.autocast,
+                autocast=self.precision.autocast,
                 share=self.workers.share,
             )
         mine = torch.tensor(losses.sum(dtype=np.float64), device=self.model.device)
@@ -251,6 +257,18 @@ class Run:
             self.journal.close()
         self.balancer.close()
         self.telemetry.close()
+
+    def _choose(self, wanted: str) -> Precision:
+        """What the last checkpoint was trained with, where nothing else is wanted; else what suits
+        the devices of all workers."""
+        begun = self.checkpoints.setting("precision")
+        if wanted == "auto" and begun in DTYPES:
+            return Precision(begun, "as this run began")
+        chosen = choose(wanted, self.model.device)
+        half = torch.tensor(float(chosen.name == "bf16"), device=self.workers.device)
+        if wanted == "auto" and 0 < self.workers.sum(half).item() < self.workers.size:
+            return Precision("fp32", "not every worker multiplies bfloat16 in hardware")
+        return chosen
 
     def _resume(self, training: Stream, origin: str | None) -> None:
         model = json.loads(self.model.config.to_json_string(use_diff=False))
@@ -281,6 +299,7 @@ class Run:
             "commit": commit(),
             "command": command(),
             "workers": self.workers.size,
+            "precision": str(self.precision),
             "machine": machine(),
         }
         self.journal.describe({**self._identity, "ledger": counts}, start)

@@ -14,11 +14,11 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 
 from engram_lm.errors import ConfigError
 from engram_lm.memory.table import Table
+from engram_lm.train.muon import Muon
 from engram_lm.train.parallel import local, whole_norms
 from engram_lm.train.row_adam import RowAdam
 from engram_lm.train.row_optimizer import RowOptimizer
 from engram_lm.train.rowwise_rmsprop import RowwiseRMSprop
-from engram_lm.train.stacked_muon import StackedMuon
 
 BETAS = (0.9, 0.95)
 SKIPS_IN_A_ROW = 10
@@ -65,6 +65,7 @@ class Optimizers:
     """The four of them as one. Learning rates are `factor` times what they were made with.
 
     table_optimizer: "adam" or "rowwise" (RowwiseRMSprop). seed: of the rounding of bfloat16 rows.
+    muon_dtype: of Muon's products.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Optimizers:
         weight_decay: float,
         table_optimizer: str = "adam",
         seed: int = 0,
+        muon_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.groups, self._lr = groups(model), lr
         self.table_names = {
@@ -92,14 +94,9 @@ class Optimizers:
         self._norm: Tensor | None = None
         each: dict[str, torch.optim.Optimizer] = {}
         if self.groups.matrices:
-            each["muon"] = torch.optim.Muon(
-                self.groups.matrices,
-                lr=lr,
-                weight_decay=weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            each["muon"] = Muon(self.groups.matrices, lr, weight_decay, dtype=muon_dtype)
         if self.groups.stacks:
-            each["stacked_muon"] = StackedMuon(self.groups.stacks, lr, weight_decay)
+            each["stacked_muon"] = Muon(self.groups.stacks, lr, weight_decay, dtype=muon_dtype)
         if self.groups.others:
             each["adam"] = torch.optim.Adam(self.groups.others, lr, betas=BETAS, fused=True)
         if self.groups.tables:

@@ -12,11 +12,16 @@ import torch
 VERSIONS = ("transformers", "tokenizers", "numpy", "engram-lm")
 
 
+CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
+"""Those by which figures of two CPUs differ most."""
+
+
 def machine() -> dict[str, str | int]:
     """Where this runs, and with which versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "processor": processor(),
+        "cpu_features": cpu_features(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
@@ -33,6 +38,13 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_features() -> str:
+    """Those of CPU_FEATURES that this processor has; the architecture's name where it is no x86."""
+    found = torch.cpu.get_capabilities()
+    names = [name for name in CPU_FEATURES if found.get(name)]
+    return " ".join(names) or platform.machine()
 
 
 def commit() -> str:
