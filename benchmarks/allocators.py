@@ -8,6 +8,8 @@ trains both arms of the demo in turn. Ceiling: the fastest case. Writes results/
 last line printed is its summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
 import os
@@ -15,8 +17,6 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from arms import both_arms, speeds_in_turn

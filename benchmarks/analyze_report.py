@@ -8,16 +8,15 @@ The weights are those it begins with: what is measured costs the same. Runs of t
 all cores; writes results/analyze_report.json, and the summary as the last line. Bound: 120 s.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 

@@ -21,15 +21,14 @@ behind the warm-up. Writes results/cache_policies.json and .svg; the last line p
 summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

@@ -5,10 +5,12 @@
 A process for each case trains the demo's Engram arm; they take turns, a step each, so that the
 machine's drift falls on all. First alone, then beside a process that keeps one core busy. Cases:
 OpenMP as it comes (threads spin for milliseconds, then sleep), threads that sleep at once
-(OMP_WAIT_POLICY=PASSIVE), threads that spin for so many rounds before they sleep (GOMP_SPINCOUNT;
-docs/speed.md says which the command sets), and one thread. Ceiling: OpenMP as it comes, alone.
+(OMP_WAIT_POLICY=PASSIVE), threads that spin for some rounds before they sleep (GOMP_SPINCOUNT;
+`command` is what engram_lm/openmp.py sets), and one thread. Ceiling: OpenMP as it comes, alone.
 Writes results/company.json; the last line printed is its summary.
 """
+
+from engram_lm.openmp import SPINS
 
 import argparse
 import json
@@ -18,12 +20,11 @@ import subprocess
 import sys
 import time
 
-CASES = {
+CASES: dict[str, dict[str, str]] = {
     "as_it_comes": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "spin_300": {"GOMP_SPINCOUNT": "300"},
+    "command": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(SPINS)},
     "spin_1000": {"GOMP_SPINCOUNT": "1000"},
-    "spin_3000": {"GOMP_SPINCOUNT": "3000"},
     "one_thread": {"OMP_NUM_THREADS": "1"},
 }
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")

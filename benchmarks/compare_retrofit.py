@@ -22,6 +22,8 @@ on the machine moves less. Peak memory is the process's high-water mark after al
 results/compare_retrofit.json; the last line printed is the summary.
 """
 
+import engram_lm.openmp
+
 import argparse
 import json
 import multiprocessing
@@ -35,8 +37,6 @@ from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from retrofit_matrix import CELLS, STEP_0, Cell, matrix

@@ -9,6 +9,8 @@ Ceiling: the disk's own rate of random 4 KiB reads, which the best arm is the me
 results/disk_reads.json; the last line printed is its summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
 import mmap
@@ -21,8 +23,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

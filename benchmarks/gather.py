@@ -13,6 +13,8 @@ copied in that time. engramdb-python and the program fio are installed by hand: 
 neither. Writes results/gather.json and its figure; the last line printed is its summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import importlib
 import json
@@ -26,8 +28,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

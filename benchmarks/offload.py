@@ -17,6 +17,8 @@ read. `none_there`, memory off in the process on disk, tells the two processes a
 results/offload.json and the figure beside it; the last line printed is the summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import hashlib
 import json
@@ -33,8 +35,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import offload_worker

@@ -3,6 +3,8 @@
 Shapes: B sequences, T tokens.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import os
 import resource
 import time
@@ -13,8 +15,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from torch import Tensor

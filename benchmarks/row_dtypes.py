@@ -9,14 +9,13 @@ to hold them against: rows as stored, which cost nothing, and memory switched of
 summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

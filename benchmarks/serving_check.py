@@ -8,6 +8,8 @@ rows that were missed; of the machine, the disk alone. Nothing is fitted to a ce
 of one. Writes results/serving_check.json; the last line printed is its summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
 import os
@@ -16,8 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 from engram_lm.simulate.step_time import step_times
 from engram_lm.simulate.tiers import PAGE, Queue, Tier

@@ -11,6 +11,8 @@ simulation's prediction of each cell is set beside it; ceiling: the tables in me
 results/serving_steps.json; the last line printed is its summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
 import os
@@ -21,8 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

@@ -11,18 +11,17 @@ Sizes that the machine has no memory for are refused. Writes results/table_size.
 .png; the last line printed is the summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import gc
 import json
 import mmap
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from matplotlib.figure import Figure

@@ -8,13 +8,12 @@ taken with a stopwatch at each part. Writes results/train_step.json; the last li
 summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
-import os
 import statistics
 from collections import defaultdict
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from arms import both_arms, speeds_in_turn

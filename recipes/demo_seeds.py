@@ -8,14 +8,13 @@ both arms of a seed see the same tokens in the same order. The last line printed
 Faster with tcmalloc preloaded: docs/speed.md.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from rich.console import Console

@@ -8,13 +8,12 @@ where it was interrupted) and writes results/learning_rate.json: validation loss
 The last line printed is the summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 

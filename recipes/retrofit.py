@@ -19,10 +19,11 @@ and writes results/retrofit.json with its figure. --smoke: minutes become second
 mean nothing. The last line printed is the summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
@@ -30,8 +31,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import retrofit_text
 import torch

@@ -19,16 +19,15 @@ results/STUDY.json is written with its figure and runs/STUDY/report/. --smoke: m
 become seconds, and the numbers mean nothing. The last line printed is the summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import numpy as np
 import torch

@@ -10,15 +10,14 @@ studies from runs/STUDY/SEED/ARM/model, as they are and with each part off; writ
 results/two_source_values.json. The last line printed is the summary.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: docs/speed.md
 
 import torch
 from rich.console import Console

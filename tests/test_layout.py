@@ -14,6 +14,7 @@ PACKAGE = Path(engram_lm.__file__).parent
 FLOORS = {
     "errors": 0,
     "whole": 0,
+    "openmp": 0,
     "precision": 1,
     "memory": 1,
     "auto": 1,

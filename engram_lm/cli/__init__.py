@@ -4,8 +4,9 @@ One file a verb, each with HELP, `options` and `run`. Heavy imports stay inside 
 `engram --help` and mistakes answer at once.
 """
 
+import engram_lm.openmp  # noqa: F401
+
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -55,9 +56,6 @@ VERBS: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `engram`. Returns the exit status."""
-    # Read by OpenMP when torch is imported, which no verb does before it runs. Threads that spin
-    # while they wait slow everything beside them, and are slowed by it, many times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parsed = parser().parse_args(arguments)
     try:
         # Only a verb whose answer can be no returns a status: `info` where files are not whole.
