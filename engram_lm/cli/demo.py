@@ -5,13 +5,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Grid
 
-from engram_lm.cli.settings import prepare, setting, settings, train_config
+from engram_lm.cli.settings import overcommit, prepare, setting, settings, train_config
 
 HELP = "Train a MoE and its Engram twin on WordNet; write a report."
 
@@ -21,18 +22,28 @@ def options(add: Callable[..., Any]) -> None:
     add("--tokens", type=int, default=1_100_000, help="per arm (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     add("--threads", type=int, help="processor threads (default: all cores)")
+    overcommit(add)
     setting(add, "train.lr=0.002")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from engram_lm.studies.demo import demo, summary
+    from engram_lm.model.presets import preset
+    from engram_lm.precision import choose
+    from engram_lm.studies.demo import ARMS, demo, summary
+    from engram_lm.train import memory_needed
     from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.config import TrainConfig
+    from engram_lm.train.workers import Workers
 
     train = settings(arguments.set, ("train",))["train"]
     prepare(arguments.threads)
     keep_freed_memory()
     config = train_config(TrainConfig(tokens=arguments.tokens, seed=arguments.seed), train)
+    if not arguments.overcommit:
+        counted = replace(config, precision=choose(config.precision).name)
+        # Both arms are in memory at once, their tokens one after the other.
+        memory = memory_needed.needed(preset(ARMS["Engram"]), counted)
+        memory_needed.check(memory, Workers(), "the demo's Engram arm")
     console = Console(stderr=arguments.json)
     console.print(
         f"engram demo: a MoE and its Engram twin, {config.steps} steps each of "

@@ -20,6 +20,15 @@ def setting(add: Callable[..., Any], example: str) -> None:
     )
 
 
+def overcommit(add: Callable[..., Any]) -> None:
+    """Adds `--overcommit`, the way past the check of memory."""
+    add(
+        "--overcommit",
+        action="store_true",
+        help="train even where memory is too small by our estimate",
+    )
+
+
 def settings(pairs: list[str], accepted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """--set train.lr=1e-3 as {"train": {"lr": 0.001}}; values are JSON, or else text."""
     found: dict[str, dict[str, Any]] = {name: {} for name in accepted}

@@ -4,11 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engram_lm.cli.models import opening
-from engram_lm.cli.settings import prepare, setting, settings, train_config
+from engram_lm.cli.settings import overcommit, prepare, setting, settings, train_config
 from engram_lm.errors import ConfigError
 
 HELP = "Train one model on the WordNet corpus, or on what `engram data` made."
@@ -23,12 +24,15 @@ def options(add: Callable[..., Any]) -> None:
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     add("--threads", type=int, help="processor threads (default: all cores)")
     add("--device", default="cpu", help="cpu, or cuda where there is one (default: %(default)s)")
+    overcommit(add)
     setting(add, "train.lr=0.002, model.hidden_size=256")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from engram_lm.model.presets import configure, for_vocabulary, preset
-    from engram_lm.train import initial, text
+    from engram_lm.model.units import size_text
+    from engram_lm.precision import choose
+    from engram_lm.train import initial, memory_needed, text
     from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.batches import check_step
     from engram_lm.train.config import TrainConfig
@@ -77,6 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
                 changes["model"].setdefault("table_dtype", config.table_dtype)
             model_config = configure(model_config, changes["model"])
             initial.check_vocabulary(model_config, tokenizer)
+        wanted = model_config if saved is None else saved.config
+        # Before any of it is taken. What another precision would save is little.
+        counted = replace(config, precision=choose(config.precision, workers.device).name)
+        memory = memory_needed.needed(wanted, counted, workers)
+        if not arguments.overcommit:
+            memory_needed.check(memory, workers, name)
     if saved is not None:
         model = initial.load(saved, workers)
     else:
@@ -96,7 +106,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"engram train: {name}, step {run.step_number} of {config.steps}, into {arguments.out}"
         )
     if workers.main:
-        print(f"{run.precision}, {torch.get_num_threads()} threads", file=sys.stderr)
+        print(
+            f"{run.precision}, {torch.get_num_threads()} threads, about "
+            f"{size_text(memory.total)} of memory",
+            file=sys.stderr,
+        )
     train([run], [name])
     run.close()
     workers.close()

@@ -61,8 +61,13 @@ def token_losses(
                 logits_BCV = model(
                     input_ids=inputs_BC[read], position_ids=positions_BC, use_cache=False
                 ).logits
-            losses = F.cross_entropy(
-                logits_BCV.flatten(0, 1).float(), targets_BC[read].flatten(), reduction="none"
+            # A window at a time: in float32, and once more inside, the logits of all would be
+            # larger than everything that a training step keeps.
+            losses = torch.cat(
+                [
+                    F.cross_entropy(logits_CV.float(), targets_C, reduction="none")
+                    for logits_CV, targets_C in zip(logits_BCV, targets_BC[read], strict=True)
+                ]
             )
             if own:
                 begin, end = first + own.start * positions, first + own.stop * positions
