@@ -246,6 +246,20 @@ def test_without_a_terminal_each_run_tells_its_first_and_last_step_in_a_line():
     assert lines == [f"{name}  step {step}/3  {told}" for step in (1, 3) for name in "ab"]
 
 
+def test_the_time_that_all_runs_take_is_said_once_after_their_first_steps(monkeypatch):
+    written, clock = io.StringIO(), iter(range(0, 10_000, 30))
+    monkeypatch.setattr("engram_lm.train.console.time.monotonic", lambda: next(clock))
+    display = Display(["a", "b"], [100, 100], [10, 0], Console(file=written, width=200))
+    with display:
+        for step in range(1, 12):
+            for index, done in enumerate((10, 0)):
+                record = {"loss": 4.5, "bpb": 1.6, "tokens_per_second": 9.0, "step": done + step}
+                display.show(index, record)
+    (said,) = [line for line in written.getvalue().splitlines() if "left" in line]
+    # 5 steps of each are done and the first not counted: 30 s a step for 85 and 95 more.
+    assert said == "about 90 min for the 180 steps that are left"
+
+
 def test_a_terminal_shows_rate_and_time_left():
     last = shown(terminal=True).splitlines()[-2]  # what follows shows the cursor again
     assert "3/3" in last and "bpb 1.625" in last and "12.3k tok/s" in last and "0:00:00" in last

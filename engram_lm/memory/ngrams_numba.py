@@ -64,7 +64,8 @@ class CompiledAddresses(Addresses):
         reciprocals_LH = [[2**64 // prime for prime in primes] for primes in primes_LH.tolist()]
         # So a mix is never negative, and its high half is below 2^31 (see _divide).
         assert int(constants.canonical_V.max()) * int(constants.multipliers_NL.max()) <= INT64_MAX
-        self._canonical_V = constants.canonical_V.numpy().view(np.uint64)
+        # Half the bytes: with 100,000 ids the map then fits the processor's second cache.
+        self._canonical_V = constants.canonical_V.numpy().astype(np.uint32)
         self._multipliers_LN = _unsigned(constants.multipliers_NL.T)
         self._primes_LJ = np.tile(_unsigned(primes_LH), BLOCK)
         self._reciprocals_LJ = np.tile(np.array(reciprocals_LH, dtype=np.uint64), BLOCK)
@@ -91,7 +92,7 @@ class CompiledAddresses(Addresses):
             starts_BW.numpy(),
             places_BT.numpy(),
             self._canonical_V,
-            self._canonical_V[self.specification.pad_id],
+            np.uint64(self._canonical_V[self.specification.pad_id]),
             self._multipliers_LN,
             self._primes_LJ,
             self._reciprocals_LJ,
@@ -150,7 +151,7 @@ def _remainder(mix: np.uint64, prime: np.uint64, reciprocal: np.uint64) -> np.ui
 
 
 _INPUTS = (
-    "Tuple((int64[:, ::1], boolean[:, ::1], int64[:, :], uint64[::1], uint64, uint64[:, ::1], "
+    "Tuple((int64[:, ::1], boolean[:, ::1], int64[:, :], uint32[::1], uint64, uint64[:, ::1], "
     "uint64[:, ::1], uint64[:, ::1], uint64[:, ::1]))"
 )
 
@@ -166,21 +167,42 @@ def _write_rows(inputs: tuple[Any, ...], first: int, last: int, rows_LM: Int64s)
     L, N = multipliers_LN.shape
     T = places_BT.shape[1]
     H = primes_LJ.shape[1] // BLOCK
+    lookback = N - 1
+    values_W = np.empty(BLOCK + lookback, np.uint64)
     values_NP = np.empty((N, BLOCK), np.uint64)
     mix_P = np.empty(BLOCK, np.uint64)
     mix_PNK = np.empty((BLOCK, N - 1, H // (N - 1)), np.uint64)
     mix_J = mix_PNK.reshape(-1)
+    b, t = divmod(first, max(T, 1))
     for begin in range(first, last, BLOCK):
         positions = min(BLOCK, last - begin)
-        for p in range(positions):
-            b, t = divmod(begin + p, T)
-            place = places_BT[b, t]
-            blocked = False
-            for back in range(N):
-                token = ids_BW[b, place - back] if place >= back else EMPTY
-                blocked = blocked or token == EMPTY
-                values_NP[back, p] = pad if blocked else canonical_V[token]
-                blocked = blocked or starts_BW[b, place - back]  # what is older is another document
+        p = 0
+        while p < positions:
+            # A run of neighbouring places, each of which is looked up once for all that look back
+            # on it; padding between tokens ends a run, and so does a sequence.
+            first_place = places_BT[b, t]
+            run = 1
+            while (
+                p + run < positions and t + run < T and places_BT[b, t + run] == first_place + run
+            ):
+                run += 1
+            seen = -1  # how many places back belong to the text: -1 where there is no token at all
+            for w in range(lookback + run):
+                place = first_place - lookback + w
+                if place < 0 or ids_BW[b, place] == EMPTY:
+                    seen, values_W[w] = -1, pad
+                else:
+                    # What is older than a start is another document.
+                    seen = 0 if starts_BW[b, place] else min(seen + 1, lookback)
+                    values_W[w] = canonical_V[ids_BW[b, place]]
+                if w >= lookback:
+                    for back in range(N):
+                        values_NP[back, p + w - lookback] = (
+                            values_W[w - back] if back <= seen else pad
+                        )
+            p, t = p + run, t + run
+            if t == T:
+                b, t = b + 1, 0
         for layer in range(L):
             for p in range(positions):
                 mix_P[p] = values_NP[0, p] * multipliers_LN[layer, 0]

@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_A_LINE = 10.0
+ESTIMATED_AFTER = 5
+"""Steps of each run, after which it is said how long the rest will take. The first one, which
+compiles and warms up, is not counted."""
 
 
 class Display:
@@ -17,7 +20,10 @@ class Display:
     ) -> None:
         self.names, self.totals, self.console = names, totals, console
         self._validations = [""] * len(names)
+        self._steps = list(done)
         self._told = [float("-inf")] * len(names)
+        self._shown = 0
+        self._begun: float | None = None
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,3 +59,22 @@ class Display:
         if not self.console.is_terminal and due:
             self._told[index] = now
             self.console.print(f"{self.names[index]}  step {step}/{total}  {note}", soft_wrap=True)
+        self._estimate(index, step, now)
+
+    def _estimate(self, index: int, step: int, now: float) -> None:
+        """Says once how long all runs will take, when each of them has taken a few steps."""
+        self._steps[index] = step
+        self._shown += 1
+        if self._shown == len(self.names):
+            self._begun = now
+        counted = self._shown - len(self.names)
+        if self._begun is None or counted != (ESTIMATED_AFTER - 1) * len(self.names):
+            return
+        left = sum(self.totals) - sum(self._steps)
+        if left > 0:
+            minutes = left * (now - self._begun) / counted / 60
+            self.console.print(
+                f"about {minutes:.0f} min for the {left:,} steps that are left"
+                if minutes >= 1
+                else f"about {60 * minutes:.0f} s for the {left:,} steps that are left"
+            )
