@@ -9,7 +9,8 @@ computes in one thread, the others in `--threads`. All is measured twice: with t
 is (`fresh`: what the arms allocate lies in new pages, but for the compiled arm's rows, which use
 the memory of earlier ones), and told to keep freed memory, as `engram train` tells it (`kept`).
 Ceiling: the bytes of the rows, written at the speed at which torch fills a buffer that is there
-already. Writes results/addressing.json; the last line printed is its summary.
+already. Writes results/NAME.json, NAME being --name: processors differ in how fast they divide, and
+so in what NumPy takes. The last line printed is its summary.
 """
 
 import engram_lm.openmp  # noqa: F401
@@ -153,8 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="addressing", help="of the result (default: %(default)s)")
     arguments = parser.parse_args()
-    record = Record("addressing")
+    record = Record(arguments.name)
     specification = paper().specification
     canonical = CanonicalMap.from_tokenizer(TOKENIZER)
     addresses = Addresses(specification, canonical)

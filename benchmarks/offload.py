@@ -2,12 +2,12 @@
 
     python benchmarks/offload.py
 
-Dense backbones of 0.3B and 1.2B parameters in bfloat16 with random weights, two layers of memory
-with 24 rows of 264 bytes each for every token (DeepSeek-V4.1's), a table of 12 GB. Arms: `none`
-(memory off), `ram` (the table in memory), `cached` (a budget of a quarter of the table over the
-disk, warm: it has seen other text of the same corpus), `disk` (no cache, always cold: pages are
-handed back), `sync` (the same, read when a layer wants them). Text is unique English prose, never
-repeated; every arm gets text of its own. Every round takes a step of each arm, in an order drawn
+Dense backbones of 0.3B and 1.2B parameters with random weights, in bfloat16 where this CPU
+multiplies it in hardware and else in float32, two layers of memory with 24 rows of 264 bytes each
+for every token (DeepSeek-V4.1's), a table of 12 GB. Arms: `none` (memory off), `ram` (the table in
+memory), `cached` (a budget of a quarter of the table over the disk, warm: it has seen other text of
+the same corpus), `disk` (no cache, always cold: pages are handed back), `sync` (the same, read when
+a layer wants them). Text is unique English prose, never repeated; every arm gets text of its own. Every round takes a step of each arm, in an order drawn
 anew. The arms on disk run in a process of their own, inside a memory cgroup of what that process
 took with rows of ones and as many texts going on, plus the budget, plus 64 MiB: the page cache
 counts. Needs root for the cgroup, 14 GB of disk and 20 GB of memory.
@@ -51,6 +51,7 @@ from engram_lm.memory.specification import Specification
 from engram_lm.model import serve
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.modeling import EngramLMForCausalLM
+from engram_lm.precision import choose
 from engram_lm.store.disk import Disk
 from engram_lm.store.packed import Label
 from engram_lm.store.source import open_sources
@@ -162,7 +163,7 @@ def save_backbone(backbone: str, specification: Specification | None, directory:
         memory=memory,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(choose("auto").dtype)
     with serve.rows_in_files():
         model = EngramLMForCausalLM(config)
     torch.set_default_dtype(torch.float32)
@@ -177,7 +178,7 @@ from engram_lm.model.modeling import EngramLMForCausalLM
 directory, tables, budget = sys.argv[1:]
 begun = time.perf_counter()
 options = {"memory": "disk", "memory_budget": budget, "tables": tables} if tables else {}
-model = EngramLMForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options).eval()
+model = EngramLMForCausalLM.from_pretrained(directory, dtype="auto", **options).eval()
 ids = torch.arange(100, 164)[None]
 model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
 print(time.perf_counter() - begun)
@@ -286,7 +287,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the steps")
     parser.add_argument("--directory", type=Path, default=Path("."), help="on the disk to measure")
     arguments = parser.parse_args()
-    record, cells = Record("offload"), {}
+    record, cells = Record("offload", precision="auto"), {}
     facts: dict[str, Any] = {}
     budget = int(arguments.table * arguments.budget * 1e9)
     text = Text()

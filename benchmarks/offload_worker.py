@@ -59,7 +59,7 @@ class Worker:
 
     def __init__(self, directory: Path, tables: Path, budget: int, arms: list[str]) -> None:
         with serve.rows_in_files():
-            self.model = EngramLMForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+            self.model = EngramLMForCausalLM.from_pretrained(directory, dtype="auto")
         self.model.eval()
         self.directory, self.tables, self.budget = directory, tables, budget
         sources = [open_sources(file)[0] for file in sorted(tables.glob("*.safetensors"))]

@@ -18,15 +18,12 @@ from typing import Any
 import torch
 
 from engram_lm import corpus
-from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.precision import PRECISIONS, choose
-from engram_lm.studies.demo import ARMS, make_model
+from engram_lm.studies.demo import ARMS, make_runs
 from engram_lm.studies.record import Record
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
-from engram_lm.train.loop import Run
-from engram_lm.train.stream import Continuous
 from engram_lm.train.turns import train
 
 RATES = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
@@ -34,22 +31,9 @@ RATES = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 
 def trained(config: TrainConfig, out: Path) -> dict[str, dict[str, Any]]:
     """The last logged step of each arm, after training both in turn."""
-    tokenizer = corpus.tokenizer()
-    canonical = CanonicalMap.from_tokenizer(tokenizer)
     training = corpus.tokens("train", config.tokens + 1, seed=0)
     validation = corpus.tokens("validation", seed=0)
-    token_bytes = corpus.token_bytes()
-    runs = {
-        arm: Run(
-            make_model(preset, canonical, config.seed),
-            tokenizer,
-            config,
-            out / preset,
-            training=Continuous(training.ids, token_bytes),
-            validation=Continuous(validation.ids, token_bytes),
-        )
-        for arm, preset in ARMS.items()
-    }
+    runs = make_runs(config, out, training.ids, validation.ids)
     train(list(runs.values()), [f"{arm}, lr {config.lr:g}" for arm in runs])
     for run in runs.values():
         run.close()

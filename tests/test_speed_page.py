@@ -47,3 +47,29 @@ def test_the_allocators_figures_are_those_of_the_result():
         assert cells[:2] == [
             f"{summary[f'{arm}_{case}_over_glibc']:.2f}" for arm in ("engram", "moe")
         ]
+
+
+def test_what_each_kind_of_cpu_gives_is_in_the_results():
+    kinds = table("Kinds of CPU")
+    assert set(kinds) == {
+        path.stem.removeprefix("precision_") for path in (ROOT / "results").glob("precision_*.json")
+    }
+    for kind, cells in kinds.items():
+        summary = result(f"precision_{kind}")
+        names = [f"product_1024_{dtype}_gflops" for dtype in ("fp32", "bf16", "fp16")]
+        names += [f"step_{case}_ms" for case in ("bf16", "fp32", "fp32_muon_bf16")]
+        digits = [1, 1, 1, 0, 0, 0]
+        assert cells == [f"{summary[n]:,.{d}f}" for n, d in zip(names, digits, strict=True)]
+
+
+def test_what_company_costs_is_in_its_result():
+    summary = result("company")
+    cases = table("Beside other work")
+    assert set(cases) == {
+        name.removesuffix("_alone_ms") for name in summary if name.endswith("_alone_ms")
+    }
+    for case, cells in cases.items():
+        alone, beside = summary[f"{case}_alone_ms"], summary[f"{case}_beside_ms"]
+        over = summary[f"{case}_alone_over_as_it_comes"]
+        ratio = summary[f"{case}_beside_over_alone"]
+        assert cells[:4] == [f"{alone:.0f}", f"{over:.2f}x", f"{beside:.0f}", f"{ratio:.2f}x"]

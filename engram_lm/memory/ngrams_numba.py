@@ -2,7 +2,7 @@
 
 Shapes: as in ngrams.py, and P positions a block, J = P * H rows that one block reads in one layer.
 
-A division takes tens of cycles, and there is one for each row. But every divisor is known before
+A division may take tens of cycles, and there is one for each row. But every divisor is known before
 the first token, so `mix mod prime` becomes a multiplication by the prime's reciprocal, which a
 processor does for several heads at once. Reciprocals are values, not code: one compiled kernel,
 which numba keeps on disk, serves every specification.

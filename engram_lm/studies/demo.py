@@ -30,10 +30,12 @@ from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
 from engram_lm.train.loop import Run
 from engram_lm.train.provenance import machine
-from engram_lm.train.stream import Continuous
+from engram_lm.train.stream import Continuous, Ids
 from engram_lm.train.turns import train
 
 ARMS = {"MoE": "nano-moe", "Engram": "nano-engram"}
+REPORT_STEPS = 150
+"""Training steps that take as long as analysis and report, whatever the machine; about."""
 
 
 def demo(config: TrainConfig, out: Path, console: Console, command: str) -> DemoResults:
@@ -42,22 +44,10 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
     Run again, it takes up where it was interrupted; finished arms are not trained again.
     """
     tokenizer = corpus.tokenizer()
-    canonical = CanonicalMap.from_tokenizer(tokenizer)
     with console.status("tokenising the WordNet corpus"):
         training = corpus.tokens("train", config.tokens + 1, seed=0)
         validation = corpus.tokens("validation", seed=0)
-    token_bytes = corpus.token_bytes()
-    runs = {
-        name: Run(
-            make_model(preset_name, canonical, config.seed),
-            tokenizer,
-            config,
-            out / preset_name,
-            training=Continuous(training.ids, token_bytes),
-            validation=Continuous(validation.ids, token_bytes),
-        )
-        for name, preset_name in ARMS.items()
-    }
+    runs = make_runs(config, out, training.ids, validation.ids)
     moe, engram = (run.precision for run in runs.values())
     if moe.name != engram.name:
         raise MismatchError(
@@ -65,7 +55,7 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
             f"machine; delete the directory, or set train.precision"
         )
     console.print(f"{moe}, {torch.get_num_threads()} threads")
-    train(list(runs.values()), list(runs))
+    train(list(runs.values()), list(runs), report_steps=REPORT_STEPS)
     arms = {
         name: Arm(name=name, model=run.model, log=training_log(run)) for name, run in runs.items()
     }
@@ -86,6 +76,24 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
         )
         write_demo_report(out, results)
     return results
+
+
+def make_runs(config: TrainConfig, out: Path, training: Ids, validation: Ids) -> dict[str, Run]:
+    """A run of each arm in `out`, ready to take turns: the same settings, tokens and seed."""
+    tokenizer = corpus.tokenizer()
+    canonical = CanonicalMap.from_tokenizer(tokenizer)
+    token_bytes = corpus.token_bytes()
+    return {
+        name: Run(
+            make_model(preset_name, canonical, config.seed),
+            tokenizer,
+            config,
+            out / preset_name,
+            training=Continuous(training, token_bytes),
+            validation=Continuous(validation, token_bytes),
+        )
+        for name, preset_name in ARMS.items()
+    }
 
 
 def material(tokenizer: Any, training_ids: npt.NDArray[np.integer], context: int) -> Material:

@@ -13,11 +13,20 @@ compiles and warms up, is not counted."""
 
 
 class Display:
-    """The progress of several runs. names, totals, done: of each; the last two in steps."""
+    """The progress of several runs. names, totals, done: of each; the last two in steps.
+
+    report_steps: how many steps' time a report will take that follows.
+    """
 
     def __init__(
-        self, names: list[str], totals: list[int], done: list[int], console: Console
+        self,
+        names: list[str],
+        totals: list[int],
+        done: list[int],
+        console: Console,
+        report_steps: int = 0,
     ) -> None:
+        self.report_steps = report_steps
         self.names, self.totals, self.console = names, totals, console
         self._validations = [""] * len(names)
         self._steps = list(done)
@@ -72,9 +81,7 @@ class Display:
             return
         left = sum(self.totals) - sum(self._steps)
         if left > 0:
-            minutes = left * (now - self._begun) / counted / 60
-            self.console.print(
-                f"about {minutes:.0f} min for the {left:,} steps that are left"
-                if minutes >= 1
-                else f"about {60 * minutes:.0f} s for the {left:,} steps that are left"
-            )
+            seconds = (left + self.report_steps) * (now - self._begun) / counted
+            time_left = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+            report = " and the report" if self.report_steps else ""
+            self.console.print(f"about {time_left} for the {left:,} steps that are left{report}")

@@ -7,8 +7,9 @@ from engram_lm.train.loop import Run
 from engram_lm.train.stopping import Stopping
 
 
-def train(runs: list[Run], names: list[str]) -> None:
-    """Steps the runs in turn until all are done, showing the progress of each.
+def train(runs: list[Run], names: list[str], *, report_steps: int = 0) -> None:
+    """Steps the runs in turn until all are done, showing the progress of each and, after the first
+    steps, how long the rest will take, with a report that takes as long as `report_steps` steps.
 
     On SIGTERM, or on Ctrl-C, saves all between two steps and raises SystemExit: status 143, 130.
     """
@@ -16,7 +17,10 @@ def train(runs: list[Run], names: list[str]) -> None:
     steps = [run.config.steps for run in runs]
     done = [run.step_number for run in runs]
     console = Console(stderr=True, quiet=not workers.main)
-    with Stopping(workers) as stopping, Display(names, steps, done, console) as display:
+    with (
+        Stopping(workers) as stopping,
+        Display(names, steps, done, console, report_steps) as display,
+    ):
         while not all(run.done for run in runs):
             if stopping.due():
                 break
