@@ -7,10 +7,11 @@ multiplies it in hardware and else in float32, two layers of memory with 24 rows
 for every token (DeepSeek-V4.1's), a table of 12 GB. Arms: `none` (memory off), `ram` (the table in
 memory), `cached` (a budget of a quarter of the table over the disk, warm: it has seen other text of
 the same corpus), `disk` (no cache, always cold: pages are handed back), `sync` (the same, read when
-a layer wants them). Text is unique English prose, never repeated; every arm gets text of its own. Every round takes a step of each arm, in an order drawn
-anew. The arms on disk run in a process of their own, inside a memory cgroup of what that process
-took with rows of ones and as many texts going on, plus the budget, plus 64 MiB: the page cache
-counts. Needs root for the cgroup, 14 GB of disk and 20 GB of memory.
+a layer wants them). Text is unique English prose, never repeated; every arm gets text of its own.
+Every round takes a step of each arm, in an order drawn anew. The arms on disk run in a process of
+their own, inside a memory cgroup of what that process took with rows of ones and as many texts
+going on, plus the budget, plus 64 MiB: the page cache counts. Needs root for the cgroup, 14 GB of
+disk and 20 GB of memory.
 
 Ceilings, measured in the same run: `none` for all, the disk's rate of random rows for arms that
 read. `none_there`, memory off in the process on disk, tells the two processes apart. Writes

@@ -41,7 +41,7 @@ class Precision(NamedTuple):
         return None if self.name == "fp32" else self.dtype
 
     def __str__(self) -> str:
-        return f"precision {self.name} ({self.reason})"
+        return f"{self.name} ({self.reason})"
 
 
 def choose(wanted: str, device: torch.device | str = "cpu") -> Precision:

@@ -4,18 +4,23 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
+from engram_lm.model import EngramLMForCausalLM
 from engram_lm.model.budget import ledger
 from engram_lm.model.presets import configure, preset
 from engram_lm.model.units import bytes_of
+from engram_lm.train import memory_needed
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.journal import read_metrics
+from engram_lm.train.loop import Run
 from engram_lm.train.memory_needed import check, free_memory, needed
+from engram_lm.train.text import wordnet_stream
 from engram_lm.train.workers import Workers
 
 PRESETS = {
@@ -49,8 +54,6 @@ def test_a_model_that_does_not_fit_is_one_line(name, prepared, tmp_path, capsys)
 
 
 def test_overcommit_goes_on_all_the_same(prepared, tmp_path, monkeypatch, capsys):
-    from engram_lm.train import memory_needed
-
     monkeypatch.setattr(memory_needed, "free_memory", lambda: (10**6, "a test's word"))
     arguments = ["train", "--data", str(prepared), "--out", str(tmp_path / "run"), "--tokens"]
     arguments += ["256", "--set", "train.batch=2", "--set", "train.validation_tokens=200"]
@@ -73,6 +76,59 @@ def test_the_parts_are_those_of_the_ledger():
     assert needed(half, train).weights == found.weights - 2 * counts.tables
 
 
+SIZES = {
+    "hidden_size": 160,
+    "moe_intermediate_size": 48,
+    "shared_intermediate_size": 56,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+}
+DENSE = SIZES | {"mlp_layer_types": ["dense"] * 6, "intermediate_size": 72}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("nano-moe", SIZES),
+        ("nano-moe", SIZES | {"streams": 4}),
+        ("nano-moe", DENSE),
+        ("nano-engram", {"hidden_size": 160}),
+        ("nano-engram", {"hidden_size": 160, "streams": 4}),
+    ],
+    ids=["moe", "moe with streams", "dense", "engram", "engram with streams"],
+)
+def test_activations_are_what_autograd_keeps(
+    name, sizes, precision, canonical, tokenizer, tmp_path, monkeypatch
+):
+    for constant in ("FRAGMENTS", "SCORES", "LOSS_CHUNK"):
+        monkeypatch.setattr(memory_needed, constant, 0)
+    batch, context = 8, 64
+    config = configure(preset(name), sizes)
+    model = EngramLMForCausalLM(config)
+    if config.memory is not None:
+        model.set_canonical_map(canonical)
+    train = TrainConfig(tokens=2 * batch * context, batch=batch, context=context)
+    train = replace(train, precision=precision)
+    streams = [wordnet_stream(split, 2 * batch * context + 1) for split in ("train", "validation")]
+    run = Run(model, tokenizer, train, tmp_path, training=streams[0], validation=streams[1])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run._backward()
+    run.close()
+    # What is counted are the large ones; the rest are masks, indices and numbers a token.
+    assert needed(config, train).activations == pytest.approx(sum(kept.values()), rel=0.05)
+
+
 def test_fewer_tokens_at_once_and_more_workers_need_less():
     config, train = preset("engram-27b"), TrainConfig(precision="fp32")
     whole = needed(config, train)
@@ -89,8 +145,6 @@ def test_fewer_tokens_at_once_and_more_workers_need_less():
 
 
 def test_workers_of_one_machine_share_its_memory(monkeypatch):
-    from engram_lm.train import memory_needed
-
     wanted = needed(preset("nano-moe"), TrainConfig(precision="fp32"))
     monkeypatch.setattr(memory_needed, "free_memory", lambda: (2 * wanted.activations, "a test"))
     check(wanted, Workers(), "nano-moe")

@@ -165,12 +165,12 @@ def test_a_run_says_its_precision_and_keeps_it_on_another_kind_of_machine(cpu, p
     first.close()
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["train"]["precision"] == "bf16"
-    assert written["starts"][0]["precision"] == "precision bf16 (this CPU has avx512_bf16)"
+    assert written["starts"][0]["precision"] == "bf16 (this CPU has avx512_bf16)"
 
     cpu(AVX2, "AVX2")
     again = start(parts, tmp_path)
     assert again.step_number == 3 and again.precision.name == "bf16"
-    assert str(again.precision) == "precision bf16 (as this run began)"
+    assert str(again.precision) == "bf16 (as this run began)"
     again.close()
     with pytest.raises(MismatchError, match="precision"):
         start(parts, tmp_path, config=TrainConfig(**{**vars(CONFIG), "precision": "fp32"}))

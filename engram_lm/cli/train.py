@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if workers.main:
         print(
-            f"{run.precision}, {torch.get_num_threads()} threads, about "
+            f"precision {run.precision}, {torch.get_num_threads()} threads, about "
             f"{size_text(memory.total)} of memory",
             file=sys.stderr,
         )

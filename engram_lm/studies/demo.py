@@ -54,7 +54,7 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
             f"{out}: one arm began in {moe.name}, the other in {engram.name}, on two kinds of "
             f"machine; delete the directory, or set train.precision"
         )
-    console.print(f"{moe}, {torch.get_num_threads()} threads")
+    console.print(f"precision {moe}, {torch.get_num_threads()} threads", soft_wrap=True)
     train(list(runs.values()), list(runs), report_steps=REPORT_STEPS)
     arms = {
         name: Arm(name=name, model=run.model, log=training_log(run)) for name, run in runs.items()

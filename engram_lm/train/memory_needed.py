@@ -165,46 +165,47 @@ def _row_gradients(config: EngramLMConfig, tokens: int) -> int:
 def _activations(config: EngramLMConfig, train: TrainConfig, counts: Ledger, sequences: int) -> int:
     """What is kept for the backward pass, and what is made on the way."""
     half = train.precision == "bf16"
-    a = 2 if half else 4  # bytes of what a matrix product reads and writes
+    item = 2 if half else 4  # bytes of what a matrix product reads and writes
     N, D, S = sequences * train.context, config.hidden_size, config.streams
     scores = sequences * config.num_attention_heads * train.context**2 * (4 + 2 * half)
     kept = sum(
-        N * _block(config, layer, kind, a)
+        N * _block(config, layer, kind, item)
         for layer, kind in enumerate(config.mlp_layer_types or [])
     )
     if train.attention == "eager":
         kept += config.num_hidden_layers * scores
     else:  # sdpa keeps its own layout of queries, values and what comes out
         query, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim or 0
-        kept += config.num_hidden_layers * N * a * config.num_attention_heads * (query + 2 * value)
+        heads = config.num_hidden_layers * config.num_attention_heads
+        kept += heads * N * item * (query + 2 * value)
     kept += N * 3 * 4 * D + (N * 2 * 4 * S * D if S > 1 else 0)  # the last norm, and the loss's
     if half:  # autocast's copies of the matrices
         linear = ("attention", "dense FFN", "shared expert", "router", "Engram projections")
         kept += 2 * sum(part.total for part in counts.components if part.name in linear)
-    way = LOSS_CHUNK * config.vocab_size * 4 * 3
+    passing = LOSS_CHUNK * config.vocab_size * 4 * 3
     if train.attention == "eager":
-        way += SCORES * scores
-    return int(kept * (1 + FRAGMENTS) + way)
+        passing += SCORES * scores
+    return int(kept * (1 + FRAGMENTS) + passing)
 
 
-def _block(config: EngramLMConfig, layer: int, kind: str, a: int) -> int:
+def _block(config: EngramLMConfig, layer: int, kind: str, item: int) -> int:
     """Bytes that one block keeps for each token, attention scores left out."""
     D, S, H = config.hidden_size, config.streams, config.num_attention_heads
-    half = a == 2
+    half = item == 2
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     latent, value = config.kv_lora_rank, config.v_head_dim or 0
     # Two norms: what comes in and what is scaled, in float32, and each product's input. Under
     # autocast every product has a copy of its own.
     inputs = 4 + (kind == "sparse") if half else 2
-    kept = 2 * 2 * 4 * D + inputs * a * D
-    kept += a * H * (2 * query + 2 * value)
-    kept += latent * (8 if half else 12) + a * config.qk_rope_head_dim
+    kept = 2 * 2 * 4 * D + inputs * item * D
+    kept += item * H * (2 * query + 2 * value)
+    kept += latent * (8 if half else 12) + item * config.qk_rope_head_dim
     if kind == "sparse":
         k, width = config.num_experts_per_tok or 0, config.moe_intermediate_size
-        kept += 4 * k * (2 * D + 4 * width) + 4 * a * config.shared_intermediate_size
-        kept += config.n_routed_experts * (a + 1) + 5 * 8 * k
+        kept += 4 * k * (2 * D + 4 * width) + 4 * item * config.shared_intermediate_size
+        kept += config.n_routed_experts * (item + 1) + 5 * 8 * k
     else:
-        kept += 4 * a * config.intermediate_size
+        kept += 4 * item * config.intermediate_size
     if S > 1:  # mHC, before attention and before the FFN
         rounds = config.hc_sinkhorn_iters
         kept += 2 * S * D * 8 + (6 if half else 8) * D
@@ -212,6 +213,6 @@ def _block(config: EngramLMConfig, layer: int, kind: str, a: int) -> int:
     memory = config.memory_config
     if memory is not None and layer in memory.specification.layers:
         rows = memory.specification.heads_per_layer
-        kept += (a + 4) * memory.memory_dim + 4 * 8 * rows
+        kept += (item + 4) * memory.memory_dim + 4 * 8 * rows
         kept += 8 * 4 * S * D if half else (S + 1) * 4 * D + 6 * 4 * S * D
     return kept
