@@ -4,8 +4,8 @@
 
 Every arm gets every rate once, so that neither is tuned more than the other; weights and data order
 are those of seed 3, which the demo's results do not use. Trains in runs/learning-rate/RATE (goes on
-where it was interrupted) and writes results/learning_rate.json: validation loss in nats a token.
-The last line printed is the summary.
+where it was interrupted) and writes results/demo_learning_rate.json: validation loss in nats a
+token. The last line printed is the summary.
 """
 
 import engram_lm.openmp  # noqa: F401
@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     keep_freed_memory()
     precision = choose(arguments.precision).name
-    record = Record("learning_rate", precision=precision)
+    record = Record("demo_learning_rate", precision=precision)
     summary: dict[str, float] = {"tokens": arguments.tokens}
     raw = []
     for rate in arguments.rates:

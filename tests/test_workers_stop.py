@@ -78,7 +78,7 @@ def test_workers_of_one_that_hangs_end_unsaved_when_they_are_asked_to_stop(prepa
         if Path(f"/proc/{main}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             break
         time.sleep(0.1)
-    assert 19 < time.monotonic() - asked < 26
+    assert 19 < time.monotonic() - asked < 60
     (line,) = told(end(process, 90))  # torchrun gives the stopped one 30 s
     assert line.startswith("worker 0 of 2: asked to stop, but the workers did not meet within 20 s")
     assert not list((tmp_path / "checkpoints").glob("step-*"))

@@ -117,4 +117,4 @@ def run(arguments: argparse.Namespace) -> None:
     if not workers.main:
         return
     last = read_metrics(arguments.out)[-1]
-    print(json.dumps({"command": "train", "preset": name, **last}))
+    print(json.dumps({"command": "train", "preset": name, "precision": run.precision.name, **last}))

@@ -190,6 +190,7 @@ def summary(results: DemoResults) -> dict[str, Any]:
     before, after, without = results.losses.values()
     return {
         "command": "demo",
+        "precision": results.settings["Precision"],
         "seed": results.seed,
         "moe_loss": before.loss,
         "moe_bpb": before.bpb,
