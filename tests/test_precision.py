@@ -1,10 +1,12 @@
 """Which precision is chosen where, and that Muon, runs and opened models follow the choice."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from families import bare
+from rich.console import Console
 from test_train import CONFIG, finish, parts, start  # noqa: F401
 from torch import nn
 from torch.optim._muon import (
@@ -19,6 +21,7 @@ from torch.optim._muon import (
 from engram_lm import JointOptimizer, corpus, precision
 from engram_lm.cli.models import open_model
 from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.studies import demo as demo_study
 from engram_lm.train.config import TrainConfig
 from engram_lm.train.muon import Muon, orthogonalised
 
@@ -197,3 +200,17 @@ def test_a_model_is_opened_in_what_the_cpu_multiplies_and_says_so(cpu, tmp_path,
     assert f"opened as float32, in which its {dtype} weights have the same values" in (
         capsys.readouterr().err
     )
+
+
+def test_arms_that_began_in_two_precisions_are_not_compared(tmp_path, monkeypatch):
+    config = TrainConfig(tokens=1_024, batch=2, checkpoint_every=1)
+    ids = corpus.tokens("train", config.tokens + 1).ids
+    for preset_name, begun in (("nano-moe", "bf16"), ("nano-engram", "fp32")):
+        with monkeypatch.context() as patch:
+            patch.setattr(demo_study, "ARMS", {preset_name: preset_name})
+            begins = replace(config, precision=begun)
+            (run,) = demo_study.make_runs(begins, tmp_path, ids, ids[:300]).values()
+        run.step()
+        run.close()
+    with pytest.raises(MismatchError, match="one arm began in bf16, the other in fp32"):
+        demo_study.demo(config, tmp_path, Console(quiet=True), "engram demo")

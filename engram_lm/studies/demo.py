@@ -50,6 +50,8 @@ def demo(config: TrainConfig, out: Path, console: Console, command: str) -> Demo
     runs = make_runs(config, out, training.ids, validation.ids)
     moe, engram = (run.precision for run in runs.values())
     if moe.name != engram.name:
+        for run in runs.values():
+            run.close()
         raise MismatchError(
             f"{out}: one arm began in {moe.name}, the other in {engram.name}, on two kinds of "
             f"machine; delete the directory, or set train.precision"
