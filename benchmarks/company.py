@@ -10,8 +10,6 @@ OpenMP as it comes (threads spin for milliseconds, then sleep), threads that sle
 Writes results/company.json; the last line printed is its summary.
 """
 
-from engram_lm.openmp import SPINS
-
 import argparse
 import json
 import os
@@ -23,10 +21,12 @@ import time
 CASES: dict[str, dict[str, str]] = {
     "as_it_comes": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "command": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(SPINS)},
-    "spin_1000": {"GOMP_SPINCOUNT": "1000"},
+    "command": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"},
+    "spin_1000": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},
     "one_thread": {"OMP_NUM_THREADS": "1"},
 }
+"""What a worker's environment has of VARIABLES. Nothing here may import engram_lm.openmp before the
+workers have imported torch: it would set them for all."""
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 WARM = 2
 
@@ -57,7 +57,7 @@ class Worker:
 
 def work() -> None:
     """A step for each line on standard input; its milliseconds on standard output."""
-    import torch
+    import torch  # with the environment of the case
     from arms import both_arms
 
     from engram_lm.train.allocator import keep_freed_memory
@@ -79,8 +79,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return work()
+    from engram_lm.openmp import SPINS
+
     from engram_lm.studies.record import Record
 
+    assert CASES["command"]["GOMP_SPINCOUNT"] == str(SPINS)
     record = Record("company", precision="auto")
     workers = {case: Worker(CASES[case]) for case in arguments.cases}
     taken: dict[str, dict[str, list[float]]] = {}

@@ -6,7 +6,7 @@ The Engram arm trains in bf16, in fp32, and in fp32 with Muon's products left in
 own Muon has them; a step each in turn within one process. Products of 256 and 1,024 rows and
 columns in float32, bfloat16 and float16. Ceiling: the fastest precision here. Writes
 results/precision_KIND.json, KIND being the feature that decides: amx_bf16, avx512_bf16, or avx2
-where there is neither (or torch is told to use neither, with ATEN_CPU_CAPABILITY=avx2
+on x86 where there is neither (or torch is told to use neither, with ATEN_CPU_CAPABILITY=avx2
 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2). The last line printed is its summary.
 """
 
@@ -14,6 +14,7 @@ import engram_lm.openmp  # noqa: F401
 
 import argparse
 import json
+import platform
 import statistics
 import tempfile
 import time
@@ -23,7 +24,7 @@ import torch
 
 from engram_lm import corpus
 from engram_lm.memory.canonical import CanonicalMap
-from engram_lm.precision import choose
+from engram_lm.precision import fast_feature
 from engram_lm.studies.demo import ARMS, make_model
 from engram_lm.studies.record import Record
 from engram_lm.train.allocator import keep_freed_memory
@@ -40,8 +41,9 @@ CASES = {"bf16": "bf16", "fp32": "fp32", "fp32_muon_bf16": "fp32"}
 
 def kind() -> str:
     """The feature by which this CPU's precision is chosen."""
-    reason = choose("auto").reason
-    return next((name for name in ("amx_bf16", "avx512_bf16") if f"has {name}" in reason), "avx2")
+    if platform.machine() != "x86_64":
+        return platform.machine()
+    return fast_feature(torch.bfloat16) or "avx2"
 
 
 def products() -> dict[str, float]:
@@ -84,7 +86,7 @@ def steps(counted: int) -> dict[str, list[float]]:
             )
         for optimizer in runs["fp32_muon_bf16"].optimizers.each.values():
             if isinstance(optimizer, Muon):
-                optimizer.dtype = torch.bfloat16
+                optimizer.param_groups[0]["dtype"] = torch.bfloat16
         for step in range(WARM + counted):
             for case, run in runs.items():
                 begun = time.perf_counter()

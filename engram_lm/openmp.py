@@ -5,7 +5,8 @@ saves the time to wake it, but beside other work the spinning thread keeps a cor
 it waits for, and a step takes many times as long. Threads that sleep at once cost little on some
 machines and a third of a step on virtual ones, where waking takes longer. So they spin for some
 tens of microseconds, less than most gaps between two operations, and then sleep (docs/speed.md has
-the figures). What the user has set stays.
+the figures). LLVM's OpenMP (torch's on macOS) knows the policy alone: there they sleep at once.
+What the user has set stays.
 """
 
 import os

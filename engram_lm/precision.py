@@ -16,7 +16,7 @@ from engram_lm.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS = ("auto", *DTYPES)
-CPU_FLAGS = {
+CPU_FEATURES = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16"),
 }
@@ -24,7 +24,7 @@ CPU_FLAGS = {
 
 
 class Precision(NamedTuple):
-    """A choice, and the reason for it as half a sentence: "avx512_bf16 in this CPU"."""
+    """A choice, and the reason for it as half a sentence: "this CPU has avx512_bf16"."""
 
     name: str
     """"bf16" or "fp32"."""
@@ -62,9 +62,17 @@ def opening_dtype(stored: torch.dtype, device: torch.device | str = "cpu") -> to
     """The dtype to open a model's weights in for inference: `stored`, or float32 where the device
     multiplies the stored one slowly. Every bfloat16 and float16 value is a float32 value too.
     """
-    if stored not in CPU_FLAGS:
+    if stored not in CPU_FEATURES:
         return stored
     return stored if fast_products(stored, torch.device(device).type)[0] else torch.float32
+
+
+def fast_feature(dtype: torch.dtype) -> str | None:
+    """The feature of this x86 CPU that multiplies a 16-bit dtype in hardware, as torch names it;
+    None where it has none, or torch is told not to use it (ATEN_CPU_CAPABILITY)."""
+    features = torch.cpu.get_capabilities()
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return next((name for name in CPU_FEATURES[dtype] if wide and features.get(name)), None)
 
 
 @cache
@@ -72,8 +80,8 @@ def fast_products(dtype: torch.dtype, device_type: str) -> tuple[bool, str]:
     """Whether a device multiplies matrices of a 16-bit dtype at least as fast as float32 ones, and
     the reason, as `Precision` has it.
 
-    On x86 its features decide, as far as torch uses them (ATEN_CPU_CAPABILITY); on other CPUs one
-    product of each dtype is timed, once in a process.
+    On x86 CPUs `fast_feature` decides; on others one product of each dtype is timed, once in a
+    process.
     """
     name = str(dtype).removeprefix("torch.")
     if device_type == "cuda":
@@ -82,12 +90,11 @@ def fast_products(dtype: torch.dtype, device_type: str) -> tuple[bool, str]:
     if device_type != "cpu":
         return False, f"{device_type}: not known to multiply {name} fast"
     if platform.machine().lower() in ("x86_64", "amd64"):
-        features = torch.cpu.get_capabilities()
-        wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
-        found = [flag for flag in CPU_FLAGS[dtype] if wide and features.get(flag)]
-        if found:
-            return True, f"this CPU has {found[0]}"
-        return False, f"this CPU multiplies no {name}: no {' and no '.join(CPU_FLAGS[dtype])}"
+        feature = fast_feature(dtype)
+        if feature is not None:
+            return True, f"this CPU has {feature}"
+        used = torch.backends.cpu.get_cpu_capability()
+        return False, f"no {name} products in hardware: torch uses this CPU as {used}"
     ratio = _seconds(torch.float32) / _seconds(dtype)
     return ratio >= 1, f"{name} products take {1 / ratio:.2f}x the time of float32 here"
 

@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TrainConfig.tokens)
     parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     arguments = parser.parse_args()
+    if len(arguments.seeds) > len(T_95) + 1:
+        parser.error(f"--seeds: at most {len(T_95) + 1}, for which there is a quantile here")
     precision = choose(arguments.precision).name
     torch.set_flush_denormal(True)
     keep_freed_memory()

@@ -57,6 +57,7 @@ from safetensors.torch import load_model, save_model
 
 from engram_lm import CanonicalMap, corpus, whole
 from engram_lm.errors import DataError
+from engram_lm.precision import choose
 from engram_lm.studies.record import Record
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.config import TrainConfig
@@ -108,6 +109,8 @@ class Study:
         self.canonical = CanonicalMap.from_tokenizer(corpus.tokenizer())
         self.facts = {
             "python": platform.python_version(),
+            # Part of the directory's name: arms of one comparison are of one precision.
+            "precision": choose("auto").name,
             "text_sha256": retrofit_text.sha256(text),
             "modules": {part: len(text[part]) for part in text},
             "tokens": {part: len(ids[part]) for part in ids},

@@ -28,6 +28,7 @@ def settings(command: list[str], **given: str) -> list[tuple[str, str]]:
     run = subprocess.run(
         [sys.executable, "-m", *command], env=environment, capture_output=True, text=True
     )
+    assert run.returncode == (0 if "budget" in command else 1), run.stderr
     policies = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", run.stderr)
     spins = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", run.stderr)
     if not spins:

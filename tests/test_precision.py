@@ -1,5 +1,6 @@
 """Which precision is chosen where, and that Muon, runs and opened models follow the choice."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from families import bare
 from rich.console import Console
-from test_train import CONFIG, finish, parts, start  # noqa: F401
+from test_train import CONFIG, finish, parts, small_model, start  # noqa: F401
 from torch import nn
 from torch.optim._muon import (
     DEFAULT_A,
@@ -60,7 +61,7 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(cpu, features, level, wanted):
     assert chosen.name == wanted
     assert chosen.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
     assert chosen.autocast == (torch.bfloat16 if wanted == "bf16" else None)
-    assert ("multiplies no bfloat16" in str(chosen)) == (wanted == "fp32")
+    assert ("no bfloat16 products in hardware" in str(chosen)) == (wanted == "fp32")
     for name in ("bf16", "fp32"):  # what is asked for is taken, on any machine
         assert precision.choose(name).name == name
 
@@ -151,18 +152,20 @@ def test_muon_takes_matrices_and_stacks_only():
 def test_a_joint_optimizer_orthogonalises_in_what_the_cpu_multiplies(cpu, features, wanted):
     cpu(features)
     model = bare("llama")
-    assert JointOptimizer(model, lr=1e-3).optimizers.each["muon"].dtype == wanted
-    assert (
-        JointOptimizer(model, lr=1e-3, precision="fp32").optimizers.each["muon"].dtype
-        == torch.float32
-    )
+    chosen, given = JointOptimizer(model, lr=1e-3), JointOptimizer(model, lr=1e-3, precision="fp32")
+    assert dtype_of(chosen.optimizers.each["muon"]) == wanted
+    assert dtype_of(given.optimizers.each["muon"]) == torch.float32
+    # Kept in the state, as Trainer saves it: going on elsewhere changes nothing.
+    given.load_state_dict(copy.deepcopy(chosen.state_dict()))
+    assert dtype_of(given.optimizers.each["muon"]) == wanted
+    assert dtype_of(copy.deepcopy(chosen.optimizers.each["muon"])) == wanted
 
 
 def test_a_run_says_its_precision_and_keeps_it_on_another_kind_of_machine(cpu, parts, tmp_path):  # noqa: F811
     cpu(ZEN4)
     first = start(parts, tmp_path)
     assert (first.config.precision, first.precision.name) == ("bf16", "bf16")
-    assert {each.dtype for each in muons(first)} == {torch.bfloat16}
+    assert {dtype_of(each) for each in muons(first)} == {torch.bfloat16}
     for _ in range(3):
         first.step()
     first.close()
@@ -179,9 +182,13 @@ def test_a_run_says_its_precision_and_keeps_it_on_another_kind_of_machine(cpu, p
         start(parts, tmp_path, config=TrainConfig(**{**vars(CONFIG), "precision": "fp32"}))
     fresh = start(parts, tmp_path / "new")
     assert fresh.precision.name == "fp32" and fresh.precision.autocast is None
-    assert {each.dtype for each in muons(fresh)} == {torch.float32}
+    assert {dtype_of(each) for each in muons(fresh)} == {torch.float32}
     finish(fresh)
     fresh.close()
+
+
+def dtype_of(optimizer: Muon) -> torch.dtype:
+    return optimizer.param_groups[0]["dtype"]
 
 
 def muons(run) -> list[Muon]:
@@ -214,3 +221,21 @@ def test_arms_that_began_in_two_precisions_are_not_compared(tmp_path, monkeypatc
         run.close()
     with pytest.raises(MismatchError, match="one arm began in bf16, the other in fp32"):
         demo_study.demo(config, tmp_path, Console(quiet=True), "engram demo")
+
+
+def test_tables_stay_as_they_are_stored_and_weights_tell_where_config_json_does_not(
+    cpu, canonical, tmp_path, capsys
+):
+    small_model(canonical).to(torch.bfloat16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("dtype", "torch_dtype"):
+        config.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checksums.json").unlink()
+    cpu(AVX2, "AVX2")
+    opened = open_model(tmp_path, {})
+    assert "opened as float32" in capsys.readouterr().err
+    assert opened.dtype == torch.float32
+    assert {table.weight.dtype for table in opened.model.tables.values()} == {torch.bfloat16}
+    cpu(ZEN4)
+    assert open_model(tmp_path, {}).dtype == torch.bfloat16

@@ -249,7 +249,7 @@ def test_without_a_terminal_each_run_tells_its_first_and_last_step_in_a_line():
 def test_the_time_that_all_runs_take_is_said_once_after_their_first_steps(monkeypatch):
     written, clock = io.StringIO(), iter(range(0, 10_000, 30))
     monkeypatch.setattr("engram_lm.train.console.time.monotonic", lambda: next(clock))
-    display = Display(["a", "b"], [100, 100], [10, 0], Console(file=written, width=200))
+    display = Display(["a", "b"], [100, 100], [10, 0], Console(file=written, width=200), 0)
     with display:
         for step in range(1, 12):
             for index, done in enumerate((10, 0)):

@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.train import memory_needed
     from engram_lm.train.allocator import keep_freed_memory
     from engram_lm.train.config import TrainConfig
+    from engram_lm.train.memory_needed import Needed
     from engram_lm.train.workers import Workers
 
     train = settings(arguments.set, ("train",))["train"]
@@ -41,9 +42,16 @@ def run(arguments: argparse.Namespace) -> None:
     config = train_config(TrainConfig(tokens=arguments.tokens, seed=arguments.seed), train)
     if not arguments.overcommit:
         counted = replace(config, precision=choose(config.precision).name)
-        # Both arms are in memory at once, their tokens one after the other.
-        memory = memory_needed.needed(preset(ARMS["Engram"]), counted)
-        memory_needed.check(memory, Workers(), "the demo's Engram arm")
+        # Both arms are in memory at once; their steps are taken in turn.
+        moe, engram = (memory_needed.needed(preset(arm), counted) for arm in ARMS.values())
+        memory = Needed(
+            process=engram.process,
+            weights=moe.weights + engram.weights,
+            gradients=moe.gradients + engram.gradients,
+            moments=moe.moments + engram.moments,
+            activations=max(moe.activations, engram.activations),
+        )
+        memory_needed.check(memory, Workers(), "both arms of the demo")
     console = Console(stderr=arguments.json)
     console.print(
         f"engram demo: a MoE and its Engram twin, {config.steps} steps each of "

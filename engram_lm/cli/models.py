@@ -31,6 +31,7 @@ def open_model(directory: Path, places: dict[str, Any]) -> Any:
 
     In float32, and said on standard error, where its own dtype is slow on this machine.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from engram_lm.model.attached import AttachedForCausalLM
@@ -38,9 +39,12 @@ def open_model(directory: Path, places: dict[str, Any]) -> Any:
 
     config: Any = AutoConfig.from_pretrained(directory)
     options: dict[str, Any] = {}
-    stored = getattr(config, "dtype", None)
+    stored = getattr(config, "dtype", None) or _stored_dtype(directory)
     if stored is not None and opening_dtype(stored) != stored:
         options["dtype"] = opening_dtype(stored)
+        if stored == torch.bfloat16 and getattr(config, "table_dtype", "") is None:
+            # Rows are gathered, not multiplied: the tables need not grow.
+            options["table_dtype"] = "bf16"
         print(
             f"{directory}: opened as float32, in which its {stored} weights have the same values; "
             f"{fast_products(stored, 'cpu')[1]}",
@@ -49,6 +53,22 @@ def open_model(directory: Path, places: dict[str, Any]) -> Any:
     if not hasattr(config, "memory_config"):
         return AutoModelForCausalLM.from_pretrained(directory, **options)
     return AttachedForCausalLM.from_pretrained(directory, **places, **options)
+
+
+def _stored_dtype(directory: Path) -> Any:
+    """The dtype of the first floating tensor of the weights, which transformers takes where
+    config.json names none; None where there are no safetensors files."""
+    import torch
+    from safetensors import safe_open
+
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name.startswith("model"):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    if (name := file.get_slice(key).get_dtype()) in dtypes:
+                        return dtypes[name]
+    return None
 
 
 def open_tokenizer(directory: Path) -> Any:

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Before any of it is taken. What another precision would save is little.
         counted = replace(config, precision=choose(config.precision, workers.device).name)
         memory = memory_needed.needed(wanted, counted, workers)
-        if not arguments.overcommit:
+        if workers.main and not arguments.overcommit:
             memory_needed.check(memory, workers, name)
     if saved is not None:
         model = initial.load(saved, workers)

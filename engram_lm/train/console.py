@@ -15,7 +15,8 @@ compiles and warms up, is not counted."""
 class Display:
     """The progress of several runs. names, totals, done: of each; the last two in steps.
 
-    report_steps: how many steps' time a report will take that follows.
+    report_steps: how many steps' time a report will take that follows; None: the time that is left
+    is not said but shown in the bar.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class Display:
         totals: list[int],
         done: list[int],
         console: Console,
-        report_steps: int = 0,
+        report_steps: int | None = None,
     ) -> None:
         self.report_steps = report_steps
         self.names, self.totals, self.console = names, totals, console
@@ -68,9 +69,10 @@ class Display:
         if not self.console.is_terminal and due:
             self._told[index] = now
             self.console.print(f"{self.names[index]}  step {step}/{total}  {note}", soft_wrap=True)
-        self._estimate(index, step, now)
+        if self.report_steps is not None:
+            self._estimate(index, step, now, self.report_steps)
 
-    def _estimate(self, index: int, step: int, now: float) -> None:
+    def _estimate(self, index: int, step: int, now: float, report_steps: int) -> None:
         """Says once how long all runs will take, when each of them has taken a few steps."""
         self._steps[index] = step
         self._shown += 1
@@ -81,7 +83,7 @@ class Display:
             return
         left = sum(self.totals) - sum(self._steps)
         if left > 0:
-            seconds = (left + self.report_steps) * (now - self._begun) / counted
+            seconds = (left + report_steps) * (now - self._begun) / counted
             time_left = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
-            report = " and the report" if self.report_steps else ""
+            report = " and the report" if report_steps else ""
             self.console.print(f"about {time_left} for the {left:,} steps that are left{report}")

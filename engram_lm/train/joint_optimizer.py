@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError
@@ -39,12 +40,23 @@ def param_groups(
     ]
 
 
+def _muon_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What `precision` comes to; all workers must take the same, or their weights drift apart."""
+    dtype = choose(precision, device).dtype
+    if precision == "auto" and dist.is_available() and dist.is_initialized():
+        half = torch.tensor(int(dtype == torch.bfloat16), device=device)
+        dist.all_reduce(half, op=dist.ReduceOp.MIN)
+        return torch.bfloat16 if half.item() else torch.float32
+    return dtype
+
+
 class JointOptimizer(torch.optim.Optimizer):
     """Muon, Adam and row Adam as one; `step` first clips the joint norm of all gradients, rows too.
 
     clip: that norm's limit, None for no limit. precision: of Muon's products, "bf16", "fp32" or
-    "auto", which is bf16 where the model's device multiplies it in hardware. `norm`: what the last
-    step found, a scalar; `taken`: False where it was not finite, and nothing moved.
+    "auto", which is bf16 where the devices of all workers multiply it in hardware; it is kept in
+    the state. `norm`: what the last step found, a scalar; `taken`: False where it was not finite,
+    and nothing moved.
     Schedulers scale each group's own learning rate. Row gradients are used up by `step`.
     """
 
@@ -65,7 +77,7 @@ class JointOptimizer(torch.optim.Optimizer):
             lr=lr,
             table_lr_multiplier=table_lr_multiplier,
             weight_decay=weight_decay,
-            muon_dtype=choose(precision, next(model.parameters()).device).dtype,
+            muon_dtype=_muon_dtype(precision, next(model.parameters()).device),
         )
         self.clip = float("inf") if clip is None else clip
         self.norm: Tensor | None = None

@@ -229,7 +229,8 @@ class Run:
                 self.validation.read(0, tokens),
                 starts_T=self.validation.starts(0, tokens),
                 context=self.config.context,
-                batch=self.config.batch,
+                # As many at once as a step takes: its memory bounds validation's too.
+                batch=-(-self.config.batch // self.config.micro_batches),
                 autocast=self.precision.autocast,
                 share=self.workers.share,
             )

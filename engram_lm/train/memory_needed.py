@@ -63,21 +63,30 @@ def needed(config: EngramLMConfig, train: TrainConfig, workers: Workers | None =
     dense = (counts.parameters - counts.tables) / parts
     table_dtype = TABLE_DTYPES[config.table_dtype] or torch.float32
     tables = counts.tables / workers.size
-    moments = (counts.optimizer_bytes - 8 * counts.tables) / parts
-    moments += tables * (8 if train.table_optimizer == "adam" else 4)
+    trained = [part for part in counts.components if _part(part.name) not in train.frozen]
+    trained = [part for part in trained if _part(part.name) != "tables"]
+    rows = tables * _trained_tables(config, train)
+    moments = sum(part.total * part.moment_bytes for part in trained) / parts
+    moments += rows * (8 if train.table_optimizer == "adam" else 4)
+    gradients = 4 * sum(part.total for part in trained) / parts
+    if rows:
+        gradients += _row_gradients(config, sequences * train.context)
     on_cpu = workers.device.type == "cpu"
     here = int(memory_figures(workers.device).get("memory/resident", 0.0)) if on_cpu else 0
     return Needed(
         process=here + LIBRARIES,
         weights=int(4 * dense + tables * table_dtype.itemsize),
-        gradients=int(4 * dense + _row_gradients(config, sequences * train.context)),
+        gradients=int(gradients),
         moments=int(moments),
         activations=_activations(config, train, counts, sequences),
     )
 
 
 def check(wanted: Needed, workers: Workers, name: str) -> None:
-    """ConfigError where this machine has less, for all its workers together. name: of the model."""
+    """ConfigError where this machine has less, for all its workers together. name: of the model.
+
+    For the first worker, before any of them takes memory.
+    """
     if workers.device.type == "cpu":
         # Workers of one machine share its memory; what each has taken already is not free.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -162,8 +171,26 @@ def _row_gradients(config: EngramLMConfig, tokens: int) -> int:
     return requests * (2 * 4 * memory.head_dim + 4 * 8)
 
 
+def _part(component: str) -> str:
+    """What `train.frozen` calls the part of the model that a line of the ledger belongs to."""
+    if component.startswith("table rows"):
+        return "tables"
+    return "fusion" if component.startswith("Engram") else "backbone"
+
+
+def _trained_tables(config: EngramLMConfig, train: TrainConfig) -> float:
+    """The share of rows that is not frozen."""
+    memory = config.memory_config
+    if memory is None or "tables" in train.frozen:
+        return 0.0
+    sizes = {layer: memory.specification.table_rows(layer) for layer in memory.specification.layers}
+    frozen = [size for layer, size in sizes.items() if f"tables.{layer}" in train.frozen]
+    return 1 - sum(frozen) / sum(sizes.values())
+
+
 def _activations(config: EngramLMConfig, train: TrainConfig, counts: Ledger, sequences: int) -> int:
-    """What is kept for the backward pass, and what is made on the way."""
+    """What is kept for the backward pass, and what is made on the way; or the logits of as many
+    sequences in validation, where they are larger."""
     half = train.precision == "bf16"
     item = 2 if half else 4  # bytes of what a matrix product reads and writes
     N, D, S = sequences * train.context, config.hidden_size, config.streams
@@ -185,7 +212,9 @@ def _activations(config: EngramLMConfig, train: TrainConfig, counts: Ledger, seq
     passing = LOSS_CHUNK * config.vocab_size * 4 * 3
     if train.attention == "eager":
         passing += SCORES * scores
-    return int(kept * (1 + FRAGMENTS) + passing)
+    # Of all sequences in the dtype of products, and of one, twice, in float32.
+    logits = config.vocab_size * (N * item + train.context * 8)
+    return int(max(kept * (1 + FRAGMENTS) + passing, logits))
 
 
 def _block(config: EngramLMConfig, layer: int, kind: str, item: int) -> int:

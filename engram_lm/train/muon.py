@@ -56,8 +56,8 @@ class Muon(torch.optim.Optimizer):
         *,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.dtype = dtype
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "dtype": dtype}
+        super().__init__(params, defaults)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim not in (2, 3):
@@ -92,7 +92,9 @@ class Muon(torch.optim.Optimizer):
         self, own: Tensor, gradient: Tensor, average: Tensor, group: dict[str, Any]
     ) -> None:
         average.lerp_(gradient, 1 - group["momentum"])
-        update = orthogonalised(gradient.lerp(average, group["momentum"]), self.dtype)
+        # States of torch's own Muon, and of ours before it had a choice, name no dtype.
+        dtype = group.get("dtype", torch.bfloat16)
+        update = orthogonalised(gradient.lerp(average, group["momentum"]), dtype)
         own.mul_(1 - group["lr"] * group["weight_decay"])
         step = _adjust_lr(group["lr"], "match_rms_adamw", own.shape[-2:])
         own.add_(update, alpha=-step)
