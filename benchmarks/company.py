@@ -21,7 +21,7 @@ import time
 CASES: dict[str, dict[str, str]] = {
     "as_it_comes": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "command": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"},
+    "command": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2500"},
     "spin_1000": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},
     "one_thread": {"OMP_NUM_THREADS": "1"},
 }

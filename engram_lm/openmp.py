@@ -11,7 +11,7 @@ What the user has set stays.
 
 import os
 
-SPINS = 3_000
+SPINS = 2_500
 
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
