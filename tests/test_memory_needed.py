@@ -54,7 +54,7 @@ def test_a_model_that_does_not_fit_is_one_line(name, prepared, tmp_path, capsys,
     arguments += ["--set", "train.batch=64", "--tokens", "20000"]
     assert main(arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert name in line and "needs about" in line and "are free" in line and "--overcommit" in line
+    assert name in line and "needs about" in line and "are free" in line and "overcommit" in line
     assert not out.exists()
 
 
@@ -64,7 +64,9 @@ def test_overcommit_goes_on_all_the_same(prepared, tmp_path, monkeypatch, capsys
     arguments += ["256", "--set", "train.batch=2", "--set", "train.validation_tokens=200"]
     assert main(arguments) == 2
     assert "1 MB are free (a test's word)" in capsys.readouterr().err
-    assert main([*arguments, "--overcommit"]) == 0
+    assert main([*arguments, "--set", "machine.overcommit=1"]) == 2
+    assert "machine.overcommit=1: accepted is" in capsys.readouterr().err
+    assert main([*arguments, "--set", "machine.overcommit=true"]) == 0
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "both arms of the demo" in capsys.readouterr().err
 

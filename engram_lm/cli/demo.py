@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from engram_lm.cli.settings import overcommit, prepare, setting, settings, train_config
+from engram_lm.cli.settings import overcommits, prepare, setting, settings, train_config
 
 HELP = "Train a MoE and its Engram twin on WordNet; write a report."
 
@@ -22,7 +22,6 @@ def options(add: Callable[..., Any]) -> None:
     add("--tokens", type=int, default=1_100_000, help="per arm (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     add("--threads", type=int, help="processor threads (default: all cores)")
-    overcommit(add)
     setting(add, "train.lr=0.002")
 
 
@@ -36,11 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.train.memory_needed import Needed
     from engram_lm.train.workers import Workers
 
-    train = settings(arguments.set, ("train",))["train"]
+    changes = settings(arguments.set, ("train", "machine"))
+    train, overcommit = changes["train"], overcommits(changes["machine"])
     prepare(arguments.threads)
     keep_freed_memory()
     config = train_config(TrainConfig(tokens=arguments.tokens, seed=arguments.seed), train)
-    if not arguments.overcommit:
+    if not overcommit:
         counted = replace(config, precision=choose(config.precision).name)
         # Both arms are in memory at once; their steps are taken in turn.
         moe, engram = (memory_needed.needed(preset(arm), counted) for arm in ARMS.values())

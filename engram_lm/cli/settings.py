@@ -20,13 +20,15 @@ def setting(add: Callable[..., Any], example: str) -> None:
     )
 
 
-def overcommit(add: Callable[..., Any]) -> None:
-    """Adds `--overcommit`, the way past the check of memory."""
-    add(
-        "--overcommit",
-        action="store_true",
-        help="train even where memory is too small by our estimate",
-    )
+def overcommits(machine: dict[str, Any]) -> bool:
+    """What `--set machine.overcommit=` says: train even where memory is too small by our estimate.
+    ConfigError for another key or value."""
+    for name, value in machine.items():
+        if name != "overcommit" or not isinstance(value, bool):
+            raise ConfigError(
+                f"machine.{name}={value!r}: accepted is machine.overcommit=true or false"
+            )
+    return bool(machine.get("overcommit", False))
 
 
 def settings(pairs: list[str], accepted: tuple[str, ...]) -> dict[str, dict[str, Any]]:

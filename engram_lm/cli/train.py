@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.cli.models import opening
-from engram_lm.cli.settings import overcommit, prepare, setting, settings, train_config
+from engram_lm.cli.settings import overcommits, prepare, setting, settings, train_config
 from engram_lm.errors import ConfigError
 
 HELP = "Train one model on the WordNet corpus, or on what `engram data` made."
@@ -24,7 +24,6 @@ def options(add: Callable[..., Any]) -> None:
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     add("--threads", type=int, help="processor threads (default: all cores)")
     add("--device", default="cpu", help="cpu, or cuda where there is one (default: %(default)s)")
-    overcommit(add)
     setting(add, "train.lr=0.002, model.hidden_size=256")
 
 
@@ -41,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     from engram_lm.train.turns import train
     from engram_lm.train.workers import Workers
 
-    changes = settings(arguments.set, ("train", "model"))
+    changes = settings(arguments.set, ("train", "model", "machine"))
+    overcommit = overcommits(changes["machine"])
     torch = prepare(arguments.threads)
     keep_freed_memory()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Before any of it is taken. What another precision would save is little.
         counted = replace(config, precision=choose(config.precision, workers.device).name)
         memory = memory_needed.needed(wanted, counted, workers)
-        if workers.main and not arguments.overcommit:
+        if workers.main and not overcommit:
             memory_needed.check(memory, workers, name)
     if saved is not None:
         model = initial.load(saved, workers)

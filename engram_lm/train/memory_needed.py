@@ -101,7 +101,7 @@ def check(wanted: Needed, workers: Workers, name: str) -> None:
         raise ConfigError(
             f"{name}: {each} needs about {wanted}, and {size_text(free)} are free ({where}); take "
             "fewer tokens at once (train.micro_batches), a smaller model or more machines, or go "
-            "on all the same with --overcommit"
+            "on all the same with --set machine.overcommit=true"
         )
 
 
