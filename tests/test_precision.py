@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,7 +76,9 @@ def test_other_cpus_are_asked_by_a_product(cpu, monkeypatch, half):
 
 def test_a_product_is_timed_where_nothing_else_tells(cpu):
     cpu({}, "DEFAULT", "aarch64")
-    assert precision.choose("auto").name in ("bf16", "fp32")
+    chosen = precision.choose("auto")
+    times = float(re.fullmatch(r"bfloat16 products take (.+)x the time of .+", chosen.reason)[1])
+    assert chosen.name == ("bf16" if times <= 1 else "fp32") and times > 0
 
 
 def test_other_devices_and_other_words():
