@@ -166,7 +166,7 @@ class Fuse(nn.Module):
 
         Cost: 2 * M * (S + 1) * D multiply-adds a token, and O(S * D) around them.
         """
-        kv_BTC = self.kv(vectors_BTM.to(self.kv.weight.dtype))
+        kv_BTC = self.kv(vectors_BTM.to(self.key_norm_weight.dtype))
         keys_BTC, value_BTD = kv_BTC.split([self.streams * self.width, self.width], dim=-1)
         key_BTSD = keys_BTC.unflatten(-1, (self.streams, self.width))
         gate_BTS = self.gate(hidden_BTSD, key_BTSD, self.norm_weight_SD)

@@ -4,10 +4,11 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, EngramError
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.table import Table
 from engram_lm.model.attached import (
@@ -16,17 +17,18 @@ from engram_lm.model.attached import (
     attached_decoder,
     attached_model,
 )
+from engram_lm.model.attached_config import bare_config
 from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
 from engram_lm.model.cache import StateLayer
 from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.pretrained import MemoryPreTrained
+from engram_lm.model.probe import probe
 from engram_lm.model.surgery import canonical_of, silence
 
-PROBE = 2
+TRIED = 2
 """Tokens of the one forward pass that shows whether a family hands memory to its layers."""
 
 
-@torch.no_grad()
 def attach(
     model: Any, tokenizer: Any, memory: MemoryConfig | None, *, table_dtype: str | None = None
 ) -> Any:
@@ -37,12 +39,28 @@ def attach(
     engram_lm`, opens what it saves. Fuses go where their layers are, tables to the token embedding;
     both are of the model's dtype, tables of `table_dtype` ("fp32", "bf16") where it is given.
     Rows and keys are drawn by torch's generator; the value projection is zero, and so is the short
-    convolution.
+    convolution. What the family itself gets wrong (packed documents, padding, a cache: see
+    `probe`) is tried once, in at most 3 seconds, and refused from then on.
     tokenizer: the model's, in any form that CanonicalMap.from_tokenizer takes, or a CanonicalMap.
     memory: None makes a place for memory packs alone (`load_pack`).
-    ConfigError for an architecture that memory cannot be given to, and the model is as it was;
-    MismatchError if the tokenizer has more ids than the model.
+    ConfigError for a model that memory cannot be given to; MismatchError if the tokenizer has more
+    ids than the model. Then the model is as it was.
     """
+    try:
+        with torch.no_grad():
+            return _attached(model, tokenizer, memory, table_dtype)
+    except EngramError:
+        raise
+    except Exception as error:  # from the family's own code, which may do anything
+        line = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"{type(model).__name__}: no memory can be given to it ({type(error).__name__}: {line})"
+        ) from error
+
+
+def _attached(
+    model: Any, tokenizer: Any, memory: MemoryConfig | None, table_dtype: str | None
+) -> Any:
     _check(model, table_dtype)
     canonical = None if memory is None else canonical_of(memory, tokenizer)
     decoder: Any = model.base_model
@@ -50,10 +68,12 @@ def attach(
     family: Any = type(model)
     body_family: Any = type(decoder)
     kind, body = attached_model(family), attached_decoder(body_family)
-    config: Any = copy.deepcopy(model.config)
+    bare = model.config
+    config: Any = copy.deepcopy(bare)
     config.__class__ = kind.config_class
     config.memory = None if memory is None else memory.to_dict()
     config.table_dtype = table_dtype
+    config.refused_modes = probe(family, bare, layers)
     config.check()
     _exchange(model, config)
     model.__class__, decoder.__class__ = kind, body
@@ -62,28 +82,37 @@ def attach(
         if memory is not None:
             _place(model, [layers[layer] for layer in memory.specification.layers])
             model.set_canonical_map(canonical)
-        _probe(model)
+        _try(model)
     except BaseException:
-        detach(model)
+        _take_off(model, bare)
         raise
     return model
 
 
 def detach(model: Any) -> Any:
     """The model as it was before `attach`, of its family's own class; what was trained of its own
-    parameters stays. ConfigError for a model that has nothing attached."""
+    parameters stays. ConfigError for a model that has nothing attached, and for a wrapper around
+    one that has."""
     if not isinstance(model, AttachedForCausalLM):
-        raise ConfigError(f"{type(model).__name__}: no memory was attached to this model")
+        name = type(model).__name__
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        inner = next((part for part in parts if isinstance(part, AttachedForCausalLM)), None)
+        if inner is not None:
+            raise ConfigError(
+                f"{name}: detach the {type(inner).__name__} inside this wrapper, after taking the "
+                "wrapper off (of PEFT: model.unload() or model.merge_and_unload())"
+            )
+        raise ConfigError(f"{name}: no memory was attached to this model")
+    _take_off(model, bare_config(model.config))
+    return model
+
+
+def _take_off(model: Any, config: Any) -> None:
+    """Leaves the family's own model, with this configuration."""
     decoder: Any = model.base_model
     decoder.unmount()
-    kind, body = type(model), type(decoder)
-    model.__class__, decoder.__class__ = kind.family, body.family
-    config: Any = copy.deepcopy(model.config)
-    config.__class__ = kind.family.config_class
-    for name in ("memory", "table_dtype"):
-        config.__dict__.pop(name, None)
+    model.__class__, decoder.__class__ = type(model).family, type(decoder).family
     _exchange(model, config)
-    return model
 
 
 def _check(model: Any, table_dtype: str | None) -> None:
@@ -138,7 +167,7 @@ def _place(model: Any, layers: list[Any]) -> None:
             model._init_weights(part)
 
 
-def _probe(model: Any) -> None:
+def _try(model: Any) -> None:
     """ConfigError where the family's layers do not get their memory."""
     embedding = model.get_input_embeddings()
     device = embedding.weight.device
@@ -147,7 +176,7 @@ def _probe(model: Any) -> None:
     # As in training: 4-bit weights on a CPU are packed by bitsandbytes in a pass that needs no
     # gradient, and have none from then on.
     hook = embedding.register_forward_hook(lambda *each: each[-1].requires_grad_())
-    ids = torch.zeros(1, PROBE, dtype=torch.int64, device=device)
+    ids = torch.zeros(1, TRIED, dtype=torch.int64, device=device)
     cache = DynamicCache(config=model.config)
     modes = [(part, part.training) for part in model.modules()]
     try:

@@ -5,11 +5,14 @@ the family's own type stands beside it. In memory `model_type` is the family's, 
 what PEFT and transformers' weight conversion look at.
 """
 
+import copy
 import os
 import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
@@ -22,11 +25,17 @@ BACKBONE = "backbone_model_type"
 _OF_THE_FILE = ("model_type", BACKBONE, "auto_map")
 
 
+_OURS = ("memory", "table_dtype", "refused_modes")
+"""What the family's configuration has not."""
+
+
 class _WithMemory:
     """What stands before a family's own configuration class."""
 
     memory: dict[str, Any] | None
     table_dtype: str | None
+    refused_modes: dict[str, str] | None
+    """What `probe` gave; None where it has not been asked, or not with this transformers."""
 
     @property
     def memory_config(self) -> MemoryConfig | None:
@@ -37,6 +46,8 @@ class _WithMemory:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Of what config.json holds."""
         record = {k: v for k, v in config_dict.items() if k not in _OF_THE_FILE}
+        if record.get("transformers_version") != transformers.__version__:
+            record["refused_modes"] = None
         return from_dict(super().from_dict, record, kwargs)  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -75,6 +86,15 @@ class _WithMemory:
             )
 
 
+def bare_config(config: Any) -> Any:
+    """A copy of a model's configuration as it is without memory, of the family's own class."""
+    config = copy.deepcopy(config)
+    config.__class__ = type(config).__mro__[2]
+    for name in _OURS:
+        config.__dict__.pop(name, None)
+    return config
+
+
 @cache
 def attached_config(family: type) -> Any:
     """The class of a family's configurations with memory, made once."""
@@ -84,8 +104,11 @@ def attached_config(family: type) -> Any:
         {
             "__module__": "engram_lm.model.attached",
             "__doc__": f"{family.__name__} with a memory.",
-            "__annotations__": {"memory": dict[str, Any] | None, "table_dtype": str | None},
-            "memory": None,
-            "table_dtype": None,
+            "__annotations__": {
+                "memory": dict[str, Any] | None,
+                "table_dtype": str | None,
+                "refused_modes": dict[str, str] | None,
+            },
+            **dict.fromkeys(_OURS),
         },
     )

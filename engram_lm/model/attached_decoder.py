@@ -6,30 +6,33 @@ family passes to its layers; a hook before each layer takes it, and on memory la
 to the hidden states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, DynamicCache
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
 from engram_lm.memory.fuse import Fuse
+from engram_lm.model import limits
+from engram_lm.model.attached_config import bare_config
 from engram_lm.model.cache import forget_packs, pack_state
 from engram_lm.model.call import Call
 from engram_lm.model.decoder import MemoryDecoder
-from engram_lm.model.limits import Limits
 from engram_lm.model.memory_pack import MemoryPack
 from engram_lm.model.pack_reading import Choice, PackReading, chosen, read_packs
+from engram_lm.model.probe import CROP, probe
 from engram_lm.model.reading import Reading
 
 READING = "engram_reading"
 """The keyword that layers are given."""
 _MOUNTED = (
-    *("hooks", "limits", "packs", "packs_on"),
+    *("hooks", "packs", "packs_on"),
     *("tables", "addresses", "served", "keep", "seal", "_without_memory", "_serving"),
 )
 """What a decoder has while it is mounted."""
@@ -85,7 +88,6 @@ class AttachedDecoder(MemoryDecoder):
                 memory.specification.max_order,
             )
         self.make_tables(memory)
-        self.limits = Limits(self.config)
         self.packs: dict[str, MemoryPack] = {}
         """Beside the model's own memory, and no part of it: they are saved apart."""
         self.packs_on: tuple[str, ...] = ()
@@ -96,8 +98,8 @@ class AttachedDecoder(MemoryDecoder):
         ]
 
     def unmount(self) -> None:
-        """Takes everything off again that `mount` set."""
-        for hook in self.hooks:
+        """Takes everything off again that `mount` set, or began to."""
+        for hook in getattr(self, "hooks", ()):
             hook.remove()
         for layer in decoder_layers(self):
             if hasattr(layer, "engram"):
@@ -105,6 +107,15 @@ class AttachedDecoder(MemoryDecoder):
         for name in _MOUNTED:
             if hasattr(self, name):
                 delattr(self, name)
+
+    @property
+    def refused_modes(self) -> Mapping[str, str]:  # type: ignore[override]
+        """What the bare family gets wrong, and how it showed; saved with the model."""
+        if self.config.refused_modes is None and not torch.compiler.is_compiling():
+            config = bare_config(self.config)
+            family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            self.config.refused_modes = probe(family, config, decoder_layers(self))
+        return self.config.refused_modes or {}
 
     @merge_with_config_defaults
     def forward(
@@ -136,8 +147,14 @@ class AttachedDecoder(MemoryDecoder):
                 masked=masked,
                 position_ids=position_ids,
             )
-            self.limits.check(
-                call.ids_BT.shape[1], past_key_values, attention_mask, padding_mask, position_ids
+            limits.check(
+                self.family.__name__,
+                self.refused_modes,
+                call.ids_BT.shape[1],
+                past_key_values,
+                attention_mask,
+                padding_mask,
+                call.positions_BT,
             )
             reading = kwargs[READING] = self._reading(call, past_key_values, on_BP)
         else:
@@ -166,10 +183,11 @@ class AttachedDecoder(MemoryDecoder):
 
     def begin_packs(self, cache: Cache, on_BP: Tensor, recording: bool) -> None:
         """Puts the packs' states into a cache before anybody asks it to record its past."""
-        layers = self.config.num_hidden_layers
+        layers, kept = self.config.num_hidden_layers, self.refused_modes.get(CROP)
         for (name, pack), on_B in zip(self.packs.items(), on_BP.unbind(1), strict=True):
             if bool(on_B.any()):
-                pack_state(cache, layers, name, pack.keep, on_B).recording |= recording
+                state = pack_state(cache, layers, name, pack.keep, on_B, kept)
+                state.recording |= recording
 
     def _reading(self, call: Call, cache: Cache | None, on_BP: Tensor | None) -> "AttachedReading":
         own = self.read(call, cache) if self.reads_memory else None
@@ -177,8 +195,8 @@ class AttachedDecoder(MemoryDecoder):
             if cache is not None:
                 forget_packs(cache, ())
             return AttachedReading(own, ())
-        layers = self.config.num_hidden_layers
-        return AttachedReading(own, read_packs(self.packs, on_BP, call, cache, layers))
+        layers, kept = self.config.num_hidden_layers, self.refused_modes.get(CROP)
+        return AttachedReading(own, read_packs(self.packs, on_BP, call, cache, layers, kept))
 
     def _check_taken(self, reading: AttachedReading) -> None:
         run = range(self.config.num_hidden_layers)  # fewer in an early exit's drafts

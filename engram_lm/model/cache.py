@@ -16,11 +16,11 @@ class StateLayer(DummyLayer):
     Not the `hybrid` layer type: other families' models, which can be given a memory too, reject it.
     """
 
-    def __init__(self, state: DecodingState, recurrent: bool) -> None:
+    def __init__(self, state: DecodingState, kept: str | None = None) -> None:
         super().__init__()
         self.state = state
-        self.recurrent = recurrent
-        """Whether a layer before this one forgets what it has been told: see Limits."""
+        self.kept = kept
+        """Why tokens cannot be taken back, where a layer before this one keeps what it has read."""
 
     @property
     def record_past(self) -> bool:
@@ -37,9 +37,9 @@ class StateLayer(DummyLayer):
         self.state.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.recurrent:
+        if self.kept is not None:
             self.state.lost = True
-            raise RuntimeError("crop: a recurrent layer's state cannot be taken back")
+            raise RuntimeError(f"crop: what has been read cannot be taken back ({self.kept})")
         self.state.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -56,9 +56,9 @@ class PackLayer(StateLayer):
     """The state of one memory pack, and which sequences read it."""
 
     def __init__(
-        self, state: DecodingState, recurrent: bool, name: str, on_B: torch.Tensor
+        self, state: DecodingState, kept: str | None, name: str, on_B: torch.Tensor
     ) -> None:
-        super().__init__(state, recurrent)
+        super().__init__(state, kept)
         self.name, self.on_B = name, on_B
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -74,9 +74,19 @@ class PackLayer(StateLayer):
         self.on_B = self.on_B[indices.to(self.on_B.device)]
 
 
-def decoding_state(cache: Cache, layers: int, keep: int) -> DecodingState:
+def begun(cache: Cache) -> bool:
+    """Whether tokens have been read through this cache, by the layers' account or by ours."""
+    return any(
+        isinstance(layer, StateLayer) and layer.state.past is not None for layer in cache.layers
+    ) or bool(cache.get_seq_length())
+
+
+def decoding_state(
+    cache: Cache, layers: int, keep: int, kept: str | None = None
+) -> DecodingState:
     """The state that this cache carries; a fresh one is put behind its attention layers if none.
 
+    kept: why the layers before it cannot take tokens back, where they cannot.
     MismatchError if the cache has already seen tokens without us, or is no decoder's cache.
     """
     _check_kind(cache)
@@ -92,17 +102,17 @@ def decoding_state(cache: Cache, layers: int, keep: int) -> DecodingState:
         raise MismatchError("the cache holds tokens of a model without memory: start a new one")
     _fill(cache, layers)
     state = DecodingState(keep)
-    cache.layers.append(StateLayer(state, any(cache.is_linear)))
+    cache.layers.append(StateLayer(state, kept))
     return state
 
 
 def pack_state(
-    cache: Cache, layers: int, name: str, keep: int, on_B: torch.Tensor
+    cache: Cache, layers: int, name: str, keep: int, on_B: torch.Tensor, kept: str | None
 ) -> DecodingState:
     """The state of a memory pack, behind that of the model's own memory.
 
-    on_B: bool, which sequences read the pack. MismatchError if the cache has seen tokens with
-    another choice.
+    on_B: bool, which sequences read the pack. kept: as for decoding_state. MismatchError if the
+    cache has seen tokens with another choice.
     """
     _check_kind(cache)
     for carried in cache.layers[layers:]:
@@ -114,7 +124,7 @@ def pack_state(
         raise MismatchError(f"packs: the cache was begun without {name!r}: start a new one")
     _fill(cache, layers)
     state = DecodingState(keep)
-    cache.layers.append(PackLayer(state, any(cache.is_linear), name, on_B))
+    cache.layers.append(PackLayer(state, kept, name, on_B))
     return state
 
 

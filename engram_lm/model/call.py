@@ -11,7 +11,7 @@ from transformers import Cache
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.state import DecodingState
 from engram_lm.memory.window import Window
-from engram_lm.model.documents import document_starts
+from engram_lm.model.documents import document_starts, text_positions
 
 
 class Call(NamedTuple):
@@ -22,6 +22,8 @@ class Call(NamedTuple):
     masked_BT: Tensor | None
     """True at image tokens."""
     starts_BT: Tensor | None
+    positions_BT: Tensor | None = None
+    """What attention is told of documents by, (B, T) or (1, T)."""
 
     @classmethod
     def of(
@@ -41,11 +43,11 @@ class Call(NamedTuple):
         if padding_mask is None and flat:
             padding_mask = attention_mask[:, -ids_BT.shape[1] :]
         padding_BT = None if padding_mask is None else ~padding_mask.bool()
-        starts_BT = None
-        if position_ids is not None:
-            starts_BT = document_starts(position_ids, padding_BT, attention_mask, cache)
+        starts_BT, positions_BT = None, text_positions(position_ids)
+        if positions_BT is not None:
+            starts_BT = document_starts(positions_BT, padding_BT, attention_mask, cache)
             starts_BT = starts_BT.expand_as(ids_BT)
-        return cls(ids_BT, padding_BT, masked, starts_BT)
+        return cls(ids_BT, padding_BT, masked, starts_BT, positions_BT)
 
     @property
     def kept_BT(self) -> Tensor | None:

@@ -3,8 +3,9 @@
 Shapes: B sequences, T tokens, H earlier positions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from engram_lm.memory.fuse import ShortConv
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.served import ServedTables
+from engram_lm.memory.state import DecodingState
 from engram_lm.memory.table import Table
 from engram_lm.model import serve
 from engram_lm.model.cache import decoding_state, forget_state
 from engram_lm.model.call import Call
 from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.pretrained import MemoryPreTrained
+from engram_lm.model.probe import CROP
 from engram_lm.model.reading import Reading
 from engram_lm.model.seal import Seal
 
@@ -36,6 +39,8 @@ class MemoryDecoder(MemoryPreTrained):
     """Instead of tables, where rows stay in files."""
     keep: int
     """Positions that decoding must remember."""
+    refused_modes: Mapping[str, str] = MappingProxyType({})
+    """What the layers get wrong without memory, and how it showed."""
 
     def make_tables(self, memory: MemoryConfig | None) -> None:
         """Gives the decoder what belongs to all layers; those of a memory have their Fuse."""
@@ -114,6 +119,11 @@ class MemoryDecoder(MemoryPreTrained):
         for served, rows_BTH in zip(self.served.layers.values(), rows_LBTH, strict=True):
             served.expect(rows_BTH.reshape(-1))
 
+    def state_of(self, cache: Cache) -> DecodingState:
+        """What a cache remembers for this memory; a fresh state is put into a new one."""
+        layers, kept = self.config.num_hidden_layers, self.refused_modes.get(CROP)
+        return decoding_state(cache, layers, self.keep, kept)
+
     def read(self, call: Call | None, cache: Cache | None) -> Reading | None:
         """Starts early: the rows of all layers are on their way before the first block runs.
 
@@ -125,7 +135,7 @@ class MemoryDecoder(MemoryPreTrained):
                 forget_state(cache, layers)
             return None
         memory = self.memory
-        state = None if cache is None else decoding_state(cache, layers, self.keep)
+        state = None if cache is None else self.state_of(cache)
         window = call.window(memory.addresses, self.keep, state)
         pending = memory.serve(window) if self._serving else memory.start_window(window)
         return Reading(pending, call.kept_BT, state)

@@ -14,6 +14,20 @@ from transformers import Cache
 from engram_lm.errors import AddressError
 
 
+def text_positions(position_ids: Tensor | None) -> Tensor | None:
+    """What attention goes by, (B, T), of position_ids in the shapes that transformers has for them.
+
+    (T,) is for all sequences. Of (4, B, T) the first plane is of the text; (3, B, T) are planes of
+    time, height and width, of which attention is told nothing: then it sees one text, and so does
+    memory. None for these and for None.
+    """
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    if position_ids.ndim == 1:
+        return position_ids[None]
+    return position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else None
+
+
 def document_starts(
     position_ids: Tensor, padding_BT: Tensor | None, attention_mask: Any, cache: Cache | None
 ) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from engram_lm.errors import ConfigError
-from engram_lm.model.cache import decoding_state
 
 
 class _RowsNext(StoppingCriteria):
@@ -44,8 +43,7 @@ class EngramLMGenerationMixin(GenerationMixin):
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = model_kwargs.get("past_key_values")
         if self.base_model.reads_memory and cache is not None:
-            state = decoding_state(cache, self.config.num_hidden_layers, self.base_model.keep)
-            state.recording |= bool(generation_config.is_assistant)
+            self.base_model.state_of(cache).recording |= bool(generation_config.is_assistant)
         return prepared
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,60 +1,75 @@
-"""Where a family's own caches lose track of a text, so that a memory must not go on either.
+"""Where a family's own masks and caches lose track of a text, so that a memory must not go on either.
 
 Shapes: B sequences, T tokens of a call, W positions of the text so far.
-What the bare models do: a sliding window counts padding as tokens, and a recurrent layer reads
-padding that does not stand at the start, and reads across documents.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from engram_lm.errors import ConfigError
+from engram_lm.model.cache import begun
+from engram_lm.model.probe import AFTER, CHUNKS, LATER, LEFT, MASKED, PACKED, STEPS
+
+_ADVICE = {
+    PACKED: "give each document a row of its own",
+    MASKED: "give each document a row of its own",
+    LEFT: "read texts of one length at a time",
+    AFTER: "pad on the left",
+    LATER: "pad the first part only",
+    STEPS: "leave the cache out (use_cache=False)",
+    CHUNKS: "read the text in one part, and then one token after another",
+}
 
 
-class Limits:
-    """What the layers of one family cannot follow. A check reads a value of the mask."""
+def check(
+    family: str,
+    refused: Mapping[str, str],
+    tokens: int,
+    cache: Cache | None,
+    mask: Any,
+    padding_mask_BT: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    """ConfigError, with the mode's name, for a call in a mode that the bare family gets wrong.
 
-    def __init__(self, config: Any) -> None:
-        cache = DynamicCache(config=config)
-        self.family = config.model_type
-        self.sliding, self.recurrent = any(cache.is_sliding), any(cache.is_linear)
-
-    def check(
-        self,
-        tokens: int,
-        cache: Cache | None,
-        mask: Any,
-        padding_mask_BT: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> None:
-        """ConfigError, with the mode's name, for a call that the bare model gets wrong.
-
-        mask: (B, W), 0 at padding; anything else tells nothing, and padding_mask_BT what it can.
-        """
-        if not (self.sliding or self.recurrent) or torch.compiler.is_compiling():
-            return
-        past = cache.get_seq_length() if cache is not None else 0
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            seen_BW = mask.bool()
-            if past and bool(_ends(seen_BW[:, : mask.shape[1] - tokens + 1])[:, :-1].any()):
-                raise ConfigError(self._says("text after right padding", "pad on the left"))
-            if past and self.recurrent and not bool(seen_BW[:, -tokens:].all()):
-                raise ConfigError(self._says("padding in a later part", "pad the first part only"))
-        elif padding_mask_BT is not None and bool(_ends(padding_mask_BT.bool()).any()):
-            raise ConfigError(self._says("text after right padding", "pad on the left"))
-        if self.recurrent and position_ids is not None and mask is None:
-            starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-            if bool(starts.any()):
-                raise ConfigError(self._says("packed documents", "give each a row of its own"))
-
-    def _says(self, mode: str, advice: str) -> str:
-        kind = "recurrent" if self.recurrent else "sliding-window"
-        return f"{mode}: the {kind} layers of {self.family} do not keep it apart; {advice}"
+    refused: what `probe` gave. tokens: T. mask: (B, W), 0 at padding; another mask says nothing of
+    padding, and padding_mask_BT what it can. position_ids: (B, T). Reads values of the masks.
+    """
+    if not refused or torch.compiler.is_compiling():
+        return
+    past = cache is not None and begun(cache)
+    seen_BW = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    happens: dict[str, Callable[[], bool]] = {
+        STEPS: lambda: past,
+        CHUNKS: lambda: past and tokens > 1,
+    }
+    if seen_BW is not None:
+        earlier_BW = seen_BW[:, : seen_BW.shape[1] - tokens]
+        happens[LEFT] = lambda: not bool(seen_BW[:, 0].all())
+        happens[AFTER] = lambda: past and _ends(earlier_BW)
+        happens[LATER] = lambda: past and not bool(seen_BW[:, -tokens:].all())
+    elif padding_mask_BT is not None:
+        seen_BT = padding_mask_BT.bool()
+        happens[LEFT] = lambda: not past and not bool(seen_BT[:, 0].all())
+        happens[AFTER] = lambda: _ends(seen_BT)
+        happens[LATER] = lambda: past and not bool(seen_BT.all())
+    if position_ids is not None and seen_BW is None:
+        starts_BT = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if padding_mask_BT is not None:
+            starts_BT = starts_BT & padding_mask_BT[:, :-1].bool()
+        happens[PACKED if mask is None else MASKED] = lambda: bool(starts_BT.any())
+    for mode, happening in happens.items():
+        if mode in refused and happening():
+            raise ConfigError(
+                f"{mode}: {family} gets it wrong without memory too ({refused[mode]}); "
+                f"{_ADVICE[mode]}"
+            )
 
 
-def _ends(seen_BW: Tensor) -> Tensor:
-    """True where padding follows a token."""
-    return seen_BW[:, :-1] & ~seen_BW[:, 1:]
+def _ends(seen_BW: Tensor) -> bool:
+    """Whether padding follows a token."""
+    return bool((seen_BW[:, :-1] & ~seen_BW[:, 1:]).any())

@@ -46,12 +46,13 @@ class PackReading:
         call: Call,
         cache: Cache | None,
         layers: int,
+        kept: str | None,
     ) -> None:
         self.pack = pack
         self.of_N = None if bool(on_B.all()) else on_B.nonzero()[:, 0].to(call.ids_BT.device)
         self.state = None
         if cache is not None:
-            self.state = pack_state(cache, layers, name, pack.keep, on_B)
+            self.state = pack_state(cache, layers, name, pack.keep, on_B, kept)
         self.window = call.window(pack.addresses, pack.keep, self.state)
         part, kept_BT, state = self.window, call.kept_BT, self.state
         if self.of_N is not None:
@@ -87,13 +88,22 @@ class PackReading:
 
 
 def read_packs(
-    packs: Mapping[str, MemoryPack], on_BP: Tensor, call: Call, cache: Cache | None, layers: int
+    packs: Mapping[str, MemoryPack],
+    on_BP: Tensor,
+    call: Call,
+    cache: Cache | None,
+    layers: int,
+    kept: str | None,
 ) -> list[PackReading]:
-    """Starts the rows of every pack that a sequence reads; a cache forgets the other packs."""
+    """Starts the rows of every pack that a sequence reads; a cache forgets the other packs.
+
+    layers: of the decoder; kept: as for decoding_state.
+    """
     columns = zip(packs.items(), on_BP.unbind(1), strict=True)
     read = {name: (pack, on_B) for (name, pack), on_B in columns if bool(on_B.any())}
     if cache is not None:
         forget_packs(cache, read)
     return [
-        PackReading(name, pack, on_B, call, cache, layers) for name, (pack, on_B) in read.items()
+        PackReading(name, pack, on_B, call, cache, layers, kept)
+        for name, (pack, on_B) in read.items()
     ]
