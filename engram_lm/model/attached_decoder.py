@@ -155,6 +155,7 @@ class AttachedDecoder(MemoryDecoder):
                 attention_mask,
                 padding_mask,
                 call.positions_BT,
+                placed=position_ids is not None,
             )
             reading = kwargs[READING] = self._reading(call, past_key_values, on_BP)
         else:

@@ -81,9 +81,7 @@ def begun(cache: Cache) -> bool:
     ) or bool(cache.get_seq_length())
 
 
-def decoding_state(
-    cache: Cache, layers: int, keep: int, kept: str | None = None
-) -> DecodingState:
+def decoding_state(cache: Cache, layers: int, keep: int, kept: str | None = None) -> DecodingState:
     """The state that this cache carries; a fresh one is put behind its attention layers if none.
 
     kept: why the layers before it cannot take tokens back, where they cannot.

@@ -1,4 +1,4 @@
-"""Where a family's own masks and caches lose track of a text, so that a memory must not go on either.
+"""Calls in which a family's own masks and caches lose track of a text: a memory must not go on.
 
 Shapes: B sequences, T tokens of a call, W positions of the text so far.
 """
@@ -12,14 +12,26 @@ from transformers import Cache
 
 from engram_lm.errors import ConfigError
 from engram_lm.model.cache import begun
-from engram_lm.model.probe import AFTER, CHUNKS, LATER, LEFT, MASKED, PACKED, STEPS
+from engram_lm.model.probe import (
+    AFTER,
+    CHUNKS,
+    LATER,
+    LEFT,
+    LEFT_UNPLACED,
+    MASKED,
+    PACKED,
+    STEPS,
+    UNPLACED,
+)
 
 _ADVICE = {
     PACKED: "give each document a row of its own",
     MASKED: "give each document a row of its own",
     LEFT: "read texts of one length at a time",
+    LEFT_UNPLACED: "give position_ids, which count tokens and not padding",
     AFTER: "pad on the left",
     LATER: "pad the first part only",
+    UNPLACED: "give position_ids, which go on from the text before",
     STEPS: "leave the cache out (use_cache=False)",
     CHUNKS: "read the text in one part, and then one token after another",
 }
@@ -32,12 +44,14 @@ def check(
     cache: Cache | None,
     mask: Any,
     padding_mask_BT: Tensor | None,
-    position_ids: Tensor | None,
+    positions_BT: Tensor | None,
+    placed: bool,
 ) -> None:
     """ConfigError, with the mode's name, for a call in a mode that the bare family gets wrong.
 
     refused: what `probe` gave. tokens: T. mask: (B, W), 0 at padding; another mask says nothing of
-    padding, and padding_mask_BT what it can. position_ids: (B, T). Reads values of the masks.
+    padding, and padding_mask_BT what it can. positions_BT: those that attention goes by, or None;
+    placed: whether the caller gave position_ids. Reads values of the masks.
     """
     if not refused or torch.compiler.is_compiling():
         return
@@ -45,6 +59,7 @@ def check(
     seen_BW = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     happens: dict[str, Callable[[], bool]] = {
         STEPS: lambda: past,
+        UNPLACED: lambda: past and not placed,
         CHUNKS: lambda: past and tokens > 1,
     }
     if seen_BW is not None:
@@ -57,8 +72,10 @@ def check(
         happens[LEFT] = lambda: not past and not bool(seen_BT[:, 0].all())
         happens[AFTER] = lambda: _ends(seen_BT)
         happens[LATER] = lambda: past and not bool(seen_BT.all())
-    if position_ids is not None and seen_BW is None:
-        starts_BT = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if LEFT in happens and not placed:
+        happens[LEFT_UNPLACED] = happens[LEFT]
+    if positions_BT is not None and seen_BW is None:
+        starts_BT = positions_BT[:, 1:] != positions_BT[:, :-1] + 1
         if padding_mask_BT is not None:
             starts_BT = starts_BT & padding_mask_BT[:, :-1].bool()
         happens[PACKED if mask is None else MASKED] = lambda: bool(starts_BT.any())

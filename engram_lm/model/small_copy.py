@@ -123,7 +123,9 @@ def _configurations(config: Any, layers: int) -> Iterator[Any]:
     }
     for fewer_experts in (True, False):
         # Two heads or more where it can be: one alone would hide that keys are shared.
-        for pair in sorted(divisors, key=lambda pair: (pair[0] < by_heads, math.prod(pair)), reverse=True):
+        for pair in sorted(
+            divisors, key=lambda pair: (pair[0] < by_heads, math.prod(pair)), reverse=True
+        ):
             yield _shrunk(config, values, layers, *pair, fewer_experts)
 
 
@@ -171,5 +173,7 @@ def _smaller(name: str, value: int, by_heads: int, by_width: int, experts: bool)
     if _HEADS.search(name):
         return max(1, value // by_heads) if value > 1 else value
     if (_WIDTH.search(name) and not _NO_WIDTH.search(name)) or name in ("n_embd", "n_inner"):
-        return max(1, value // (by_heads * by_width))
+        smaller = max(1, value // (by_heads * by_width))
+        # Products over groups of experts want rows of whole 16 bytes.
+        return -(-smaller // 8) * 8 if "intermediate" in name else smaller
     return value
