@@ -1,6 +1,6 @@
 """Which families of transformers can be given a memory, and what is refused of each.
 
-    python benchmarks/families.py            # about 4 minutes; writes results/families.json
+    python benchmarks/families.py            # some minutes; writes results/families.json
     python benchmarks/families.py --page     # writes the table in docs/families.md from it
 
 Every causal language model that AutoModelForCausalLM knows: a small copy of it (from the default

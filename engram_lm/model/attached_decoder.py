@@ -109,7 +109,7 @@ class AttachedDecoder(MemoryDecoder):
                 delattr(self, name)
 
     @property
-    def refused_modes(self) -> Mapping[str, str]:  # type: ignore[override]
+    def refused_modes(self) -> Mapping[str, str]:
         """What the bare family gets wrong, and how it showed; saved with the model."""
         if self.config.refused_modes is None and not torch.compiler.is_compiling():
             config = bare_config(self.config)
@@ -226,14 +226,20 @@ def _before(
 
 def decoder_layers(decoder: Any) -> nn.ModuleList:
     """The list of a decoder's layers. ConfigError where it has no list of their number, or two."""
-    found = [
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    if count is None:
+        raise ConfigError(
+            f"{type(decoder).__name__}: its configuration has no num_hidden_layers; a decoder of "
+            "text alone is needed"
+        )
+    lists = [
         module
         for module in decoder.children()
-        if isinstance(module, nn.ModuleList) and len(module) == decoder.config.num_hidden_layers
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if len(found) != 1:
+    if len(lists) != 1:
         raise ConfigError(
-            f"{type(decoder).__name__}: {len(found)} lists of {decoder.config.num_hidden_layers} "
-            "decoder layers stand in it; one is needed"
+            f"{type(decoder).__name__}: {len(lists)} lists of {count} decoder layers stand in it; "
+            "one is needed"
         )
-    return found[0]
+    return lists[0]
