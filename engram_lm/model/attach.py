@@ -75,9 +75,9 @@ def _attached(
     config.table_dtype = table_dtype
     config.refused_modes = probe(family, bare, layers)
     config.check()
-    _exchange(model, config)
-    model.__class__, decoder.__class__ = kind, body
     try:
+        _exchange(model, config)
+        model.__class__, decoder.__class__ = kind, body
         decoder.mount(memory)
         if memory is not None:
             _place(model, [layers[layer] for layer in memory.specification.layers])
@@ -110,8 +110,10 @@ def detach(model: Any) -> Any:
 def _take_off(model: Any, config: Any) -> None:
     """Leaves the family's own model, with this configuration."""
     decoder: Any = model.base_model
-    decoder.unmount()
-    model.__class__, decoder.__class__ = type(model).family, type(decoder).family
+    if isinstance(decoder, AttachedDecoder):
+        decoder.unmount()
+    for part in (model, decoder):
+        part.__class__ = getattr(type(part), "family", type(part))
     _exchange(model, config)
 
 
