@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engram_lm.analysis.bootstrap import interval, interval_over_seeds, retained_interval
-from engram_lm.analysis.student import half_width, quantile, spread
+from engram_lm.analysis.student import bounds, half_width, quantile, spread
 from engram_lm.errors import DataError
 
 
@@ -33,16 +33,23 @@ def test_the_same_seed_gives_the_same_interval_and_one_text_gives_none():
         interval(np.ones((3, 1)))
 
 
-def test_intervals_over_seeds_draw_seeds_and_texts():
+def test_intervals_over_seeds_hold_the_mean_of_other_seeds_and_texts():
     drawn = np.random.default_rng(0)
-    values = drawn.normal(size=(2, 3, 40)) + np.array([0, 10])[:, None, None]
-    bounds = interval_over_seeds(values)
-    # Of two seeds, a quarter of all draws are one of them twice: the interval spans both.
-    assert (bounds[:, 0] < 0.5).all() and (bounds[:, 1] > 9.5).all()
-    assert (interval_over_seeds(values[:1]) == interval(values[0])).all()
-    alike = np.repeat(values[:1], 2, axis=0)
-    # Seeds that are alike add nothing; draws differ by what both calls take from the generator.
-    assert interval_over_seeds(alike) == pytest.approx(interval(values[0]), abs=0.05)
+    studies, seeds, texts = 2_000, 3, 20
+    seed_S = drawn.normal(size=(seeds, studies, 1))
+    values = (
+        seed_S
+        + 2 * drawn.normal(size=(studies, texts))
+        + drawn.normal(size=(seeds, studies, texts))
+    )
+    low, high = interval_over_seeds(values).T
+    assert ((low < 0) & (high > 0)).mean() > 0.94
+    assert (interval_over_seeds(values[:1, :9]) == interval(values[0, :9])).all()
+    only_seeds = np.repeat(seed_S[:, :9], texts, axis=-1)
+    wanted = [bounds(each) for each in seed_S[:, :9, 0].T.tolist()]
+    assert interval_over_seeds(only_seeds) == pytest.approx(np.array(wanted))
+    with pytest.raises(DataError, match="1 text: an interval needs 2 or more"):
+        interval_over_seeds(np.ones((3, 4, 1)))
 
 
 def test_what_is_retained_has_an_interval_and_needs_a_score_above_chance():

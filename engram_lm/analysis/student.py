@@ -39,6 +39,13 @@ def half_width(standard_error: float, values: int) -> float:
     return quantile(values) * standard_error
 
 
+def bounds(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean. DataError for fewer than 2 values."""
+    half = quantile(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    return mean - half, mean + half
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """mean; of several values also sd, their standard deviation, and t95, half the width of the
     mean's 95 % interval."""
