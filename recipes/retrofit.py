@@ -315,7 +315,7 @@ def main() -> None:
     found = study.run()
     flat = summarise(found, study.facts)
     record.write(flat, {"facts": study.facts, "runs": found}, seeds=arguments.seeds)
-    draw(flat, found, record.path)
+    draw(found, record.path)
     show(flat, console)
     print(json.dumps(flat))
 
