@@ -191,6 +191,7 @@ def _addresses(found: Analysis, directory: Path) -> str:
 
 
 def _mean(row: BandLoss, checkpoints: int, *, signed: bool) -> str:
+    """Behind ± half the 95 % interval, as pages/bands.html says."""
     if row["mean"] is None:
         return cells.UNKNOWN
     width = half(row, checkpoints)
