@@ -24,7 +24,7 @@ def record(name: str) -> dict:
 
 def page(name: str) -> str:
     """On one line, so that a sentence is found wherever its lines end."""
-    return (ROOT / name).read_text().replace("\n", " ")
+    return " ".join((ROOT / name).read_text().split())
 
 
 README, ANALYSIS, ECOSYSTEM, LOG = map(
