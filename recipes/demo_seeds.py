@@ -14,8 +14,6 @@ import engram_lm.openmp  # noqa: F401
 
 import argparse
 import json
-import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from engram_lm.analysis.student import spread
 from engram_lm.precision import PRECISIONS, choose
 from engram_lm.studies.demo import demo, summary
 from engram_lm.studies.record import Record
@@ -43,8 +42,6 @@ MEASURES = (
     "speed_ratio",
     "minutes",
 )
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Degrees of freedom -> the quantile of Student's t that leaves 2.5 % above it."""
 
 
 def main() -> None:
@@ -53,8 +50,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TrainConfig.tokens)
     parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     arguments = parser.parse_args()
-    if len(arguments.seeds) > len(T_95) + 1:
-        parser.error(f"--seeds: at most {len(T_95) + 1}, for which there is a quantile here")
     precision = choose(arguments.precision).name
     torch.set_flush_denormal(True)
     keep_freed_memory()
@@ -76,10 +71,7 @@ def main() -> None:
     flat: dict[str, float] = {"seeds": len(found)}
     for name in MEASURES:
         values = [numbers[name] for numbers in found.values()]
-        flat[f"{name}_mean"] = statistics.mean(values)
-        if len(values) > 1:
-            sd = flat[f"{name}_sd"] = statistics.stdev(values)
-            flat[f"{name}_t95"] = T_95[len(values) - 1] * sd / math.sqrt(len(values))
+        flat |= {f"{name}_{what}": value for what, value in spread(values).items()}
     record.write(flat, found, seeds=arguments.seeds)
     print(json.dumps(flat))
 

@@ -25,7 +25,6 @@ import argparse
 import hashlib
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -56,6 +55,7 @@ from rich.table import Table
 from safetensors.torch import load_model, save_model
 
 from engram_lm import CanonicalMap, corpus, whole
+from engram_lm.analysis.student import PLUS_MINUS, spread
 from engram_lm.errors import DataError
 from engram_lm.precision import choose
 from engram_lm.studies.record import Record
@@ -228,7 +228,7 @@ class Study:
 
 
 def summarise(found: dict[str, Any], facts: dict[str, Any]) -> dict[str, float]:
-    """Flat: name -> number. Means and standard deviations over seeds, differences seed by seed."""
+    """Flat: name -> number. `spread` over seeds, of differences seed by seed."""
     values: dict[str, list[float]] = {}
     for seed in found.values():
         before = seed["backbone"]
@@ -247,8 +247,7 @@ def summarise(found: dict[str, Any], facts: dict[str, Any]) -> dict[str, float]:
                 values.setdefault(name, []).append(arms["memory"][measure] - each[measure])
     flat: dict[str, float] = {"seeds": len(found)}
     for name, by_seed in values.items():
-        flat[f"{name}_mean"] = statistics.mean(by_seed)
-        flat[f"{name}_sd"] = statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
+        flat |= {f"{name}_{what}": value for what, value in spread(by_seed).items()}
     first = next(iter(found.values()))
     for arm, each in first["arms"].items():
         rates = [tried["lr"] for tried in first["searched"][arm]]
@@ -273,9 +272,10 @@ def show(flat: dict[str, float], console: Console) -> None:
     """The summary as tables for a reader."""
 
     def cell(name: str) -> str:
-        return f"{flat[f'{name}_mean']:.4f} ± {flat[f'{name}_sd']:.4f}"
+        half = flat.get(f"{name}_t95")  # one seed has none
+        return f"{flat[f'{name}_mean']:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
-    judged, spent = Table(title="bits per byte, ± standard deviation over seeds"), Table()
+    judged, spent = Table(title=f"bits per byte, {PLUS_MINUS}"), Table()
     for table, columns in (
         (judged, ("", "new domain", "old domain", "forgetting")),
         (spent, ("", "learning rate", "trained", "trainable FLOPs", "tokens/s")),
@@ -315,7 +315,7 @@ def main() -> None:
     found = study.run()
     flat = summarise(found, study.facts)
     record.write(flat, {"facts": study.facts, "runs": found}, seeds=arguments.seeds)
-    draw(flat, found, record.path)
+    draw(found, record.path)
     show(flat, console)
     print(json.dumps(flat))
 

@@ -5,6 +5,7 @@ Redrawn from a record alone: python recipes/two_source_claims.py results/two_sou
 """
 
 import json
+import math
 import statistics
 import sys
 from itertools import chain
@@ -20,6 +21,7 @@ from matplotlib.axes import Axes
 
 from engram_lm.analysis.ablation_losses import retention
 from engram_lm.analysis.figures import BLUE, GRID, VERMILION, save, seeds
+from engram_lm.analysis.student import half_width
 from engram_lm.analysis.suite_ablation import WHOLE
 
 RETAINED = {
@@ -68,7 +70,7 @@ def draw(record: Path) -> None:
     flat, analysis = read["summary"], read["raw"]["analysis"]
     figure, axes = plt.subplots(5, 2, figsize=(9.0, 16.5), layout="constrained")
     _retained(axes[0], read["raw"]["asked"], flat)
-    _lens(axes[1], analysis["lens"])
+    _lens(axes[1], analysis["lens"], flat)
     _alignment(axes[2], analysis["alignment"])
     _gates(axes[3], flat, analysis["gates"]["scores"][0])
     _controls(axes[4], analysis["suites"])
@@ -126,19 +128,29 @@ def _retained(axes: Any, by_seed: list[Asked], flat: dict[str, float]) -> None:
         axis.set_xlim(min(0, axis.get_xlim()[0]), 112)
 
 
-def _lens(axes: Any, lenses: dict[str, Any]) -> None:
+def _half(flat: dict[str, float], name: str) -> float:
+    """Half of the 95 % interval over seeds; 0 with one."""
+    error = flat.get(f"{name}_sd", 0.0) / math.sqrt(flat["seeds"])
+    return half_width(error, int(flat["seeds"])) if error else 0.0
+
+
+def _lens(axes: Any, lenses: dict[str, Any], flat: dict[str, float]) -> None:
     own, paper = axes
     for name, (colour, line) in {**LOOKS, "Engram, memory off": (VERMILION, "^:")}.items():
         lens = lenses[name]
         blocks = [place for place, at in enumerate(lens["at"]) if at == "block"]
-        values = [lens["normed"]["final_to_layer"][place] for place in blocks]
         layers = [lens["layers"][place] for place in blocks]
-        own.plot(layers, [v["mean"] for v in values], line, color=colour, ms=4, label=name)
-        bounds = np.array([(v["low"], v["high"]) for v in values], dtype=float)
-        own.fill_between(layers, *bounds.T, color=colour, alpha=0.2, linewidth=0)
+        names = [f"lens_final_to_layer_{name.replace(', ', '_').replace(' ', '_')}_block_{layer}"
+                 for layer in layers]  # fmt: skip
+        means = np.array([flat[f"{each}_mean"] for each in names])
+        halves = np.array([_half(flat, each) for each in names])
+        own.plot(layers, means, line, color=colour, ms=4, label=name)
+        own.fill_between(
+            layers, means - halves, means + halves, color=colour, alpha=0.2, linewidth=0
+        )
         if name in LENS:
             paper.plot(range(len(LENS[name])), LENS[name], line, color=colour, ms=3, label=name)
-    own.set_title("KL(final ‖ block), final norm; 95 % over texts and seeds")
+    own.set_title("KL(final ‖ block), final norm; 95 % over seeds (Student's t)")
     paper.set_title("KL by layer (direction and norm not stated)")
     _by_layer(axes, "nats")
 
@@ -175,7 +187,7 @@ def _gates(axes: Any, flat: dict[str, float], scores: list[dict[str, Any]]) -> N
                 own.errorbar(
                     flat[f"{name}_mean"],
                     row + 0.2 * shift,
-                    xerr=flat.get(f"{name}_sd", 0.0),
+                    xerr=_half(flat, name),
                     fmt="s",
                     color=colour,
                     ms=4,
@@ -186,7 +198,9 @@ def _gates(axes: Any, flat: dict[str, float], scores: list[dict[str, Any]]) -> N
     own.set_xlim(0, 1)
     own.set_yticks(range(len(labels)), labels, fontsize=8)
     own.invert_yaxis()
-    own.set_title("AUROC of gates for ends of names, frequent n-grams")
+    own.set_title(
+        "AUROC of gates for ends of names, frequent n-grams;\n95 % over seeds (Student's t)"
+    )
     own.legend(frameon=False, fontsize=8)
     paper.axis("off")
     paper.text(

@@ -1,7 +1,6 @@
 """What recipes/two_source.py found, run by run, put together: summary, figure and report."""
 
 import json
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.material import Material
 from engram_lm.analysis.measured import Measured
 from engram_lm.analysis.report import write_report
+from engram_lm.analysis.student import spread
 from engram_lm.analysis.suite_ablation import WHOLE
 from engram_lm.studies.record import Record
 from engram_lm.train.provenance import machine
@@ -67,12 +67,6 @@ def summarise(
     two_source_claims.draw(record.path)
     write_report(out / "report", analysis, command=f"$ {command}", about=machine())
     return flat
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean and, of several seeds, their standard deviation."""
-    found = {"mean": statistics.mean(values)}
-    return {**found, "sd": statistics.stdev(values)} if len(values) > 1 else found
 
 
 def asked(

@@ -26,6 +26,7 @@ from two_source import ARMS, switched
 from two_source_studies import STUDIES, Twins
 
 from engram_lm import EngramLMForCausalLM
+from engram_lm.analysis.student import spread
 from engram_lm.evaluate.answers import Question
 from engram_lm.evaluate.inference import inference
 from engram_lm.studies.record import Record
@@ -88,7 +89,7 @@ def main() -> None:
     flat = {
         f"{name}_{what}": value
         for name, each in shares.items()
-        for what, value in (("mean", statistics.mean(each)), ("sd", statistics.stdev(each)))
+        for what, value in spread(each).items()
     }
     record.write(flat, {"by_seed": shares}, seeds=list(SEEDS))
     print(json.dumps(flat))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engram_lm import corpus
-from engram_lm.analysis.bands import BANDS, bands, count_ngrams, loss_by_band
+from engram_lm.analysis.bands import BANDS, bands, count_ngrams, half, loss_by_band
 from engram_lm.analysis.compare import PROMPTS, Arm, compare
 from engram_lm.analysis.demo_report import verdict, write_demo_report
 from engram_lm.analysis.from_disk import from_disk
@@ -196,6 +196,10 @@ def test_bands_have_means_and_standard_errors():
     assert [row["mean"] for row in rows] == [2.0, 5.0, None, 9.0]
     assert rows[0]["standard_error"] == pytest.approx(1.0)
     assert [row["standard_error"] for row in rows[1:]] == [None, None, None]
+    # With one checkpoint over these two tokens, with three over checkpoints.
+    assert half(rows[0], 1) == pytest.approx(12.706, rel=1e-4)
+    assert half(rows[0], 3) == pytest.approx(4.303, rel=1e-4)
+    assert half(rows[1], 3) is None
 
 
 @pytest.mark.parametrize("streams", [1, 4])

@@ -405,6 +405,25 @@ def test_what_was_measured_survives_its_file_and_makes_the_same_analysis(
         Measured.load(tmp_path / "bad.safetensors")
 
 
+def test_what_stands_behind_plus_or_minus_is_students_interval(found, capsys):
+    bands = found.bands
+    half = 12.7062 * bands.difference_error  # of two seeds
+    assert found.difference_half == pytest.approx(half, rel=1e-5)
+    assert f"± {half:.3f}, 95 % over seeds" in " ".join(verdict(found))
+    for errors, apart in ((5, False), (20, True)):  # both more than two standard errors
+        gap = replace(bands, difference_mean=errors * bands.difference_error)
+        said = verdict(replace(found, bands=gap))[0]
+        assert ("is not told apart" not in said) is apart
+    show(found, Console(width=200))
+    out = capsys.readouterr().out
+    assert f"± {half:.4f}" in out
+    assert "±: 95 % of the mean over 2 seeds (Student's t)" in out
+    # One checkpoint: over windows, and said.
+    one = replace(found, checkpoints=1)
+    assert one.difference_half == pytest.approx(1.96 * bands.difference_error, rel=0.15)
+    assert "95 % over windows of the text" in verdict(one)[0]
+
+
 def test_one_checkpoint_is_called_one_seed(subject, other, tokenizer, material, tmp_path):
     alone = Subject(name="one", models=subject.models[:1])
     rival = Subject(name="rival", models=other.models[:1])
@@ -532,6 +551,13 @@ def test_what_cannot_be_done_is_refused_in_one_line(subject, other, tokenizer, m
 def page(found, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     return write_report(out, found, command="$ engram <x>", about={"cpu": "<two>"})
+
+
+def test_the_page_says_what_its_intervals_are(page):
+    html = page.read_text()
+    assert "half the 95 % interval over 2 seeds (Student's t)" in html.replace("\n", " ")
+    assert html.count("95 % of the mean over 2 seeds") >= 3  # gates, alignment, ablation
+    assert "standard error" not in html and "lowest and highest" not in html
 
 
 def test_the_report_is_well_formed_loads_nothing_and_shows_each_part(page, found):

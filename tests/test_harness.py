@@ -420,6 +420,7 @@ def test_the_command_gives_both_columns_and_writes_them(
     printed = capsys.readouterr().out
     assert "bits_per_byte ↓" in printed and f"{values[-1]:.4f}" in printed
     assert "memory off" in printed and "memory on" not in printed
+    assert "±: lm_eval's standard error" in " ".join(printed.split())
 
 
 def test_mistakes_on_the_command_line_are_one_line(capsys, saved, tmp_path):

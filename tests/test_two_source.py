@@ -103,7 +103,13 @@ def test_what_a_part_leaves_is_told_where_all_seeds_had_a_score(recipe):
     ]
     flat = recipe.two_source_summary.kept(SimpleNamespace(suites=seeds))
     name = "kept_rows_permuted_two_source_given_later"
-    assert flat == {f"{name}_mean": 0.5, f"{name}_sd": pytest.approx(0.125**0.5)}
+    # Of two seeds: 12.706 standard errors to each side.
+    half = pytest.approx(12.706 * 0.25, rel=1e-4)
+    assert flat == {
+        f"{name}_mean": 0.5,
+        f"{name}_sd": pytest.approx(0.125**0.5),
+        f"{name}_t95": half,
+    }
 
 
 def test_a_value_is_asked_among_those_of_its_relation(recipe):

@@ -63,21 +63,21 @@ def error(difference_ST: Nats, context: int) -> float:
 
 def seeds_by_band(losses_ST: Nats, bands_ST: Bands) -> list[BandLoss]:
     """Means over tokens and checkpoints; the error is over tokens with one checkpoint, as if they
-    were independent, and over checkpoints with several. tokens: of the first."""
+    were independent, and over checkpoints with several, where each has a token. tokens: of the
+    first."""
     by_seed = [loss_by_band(*each) for each in zip(losses_ST, bands_ST, strict=True)]
     if len(by_seed) == 1:
         return by_seed[0]
     rows = []
     for together in zip(*by_seed, strict=True):
         means = [mean for row in together if (mean := row["mean"]) is not None]
-        several = len(means) > 1
         rows.append(
             BandLoss(
                 band=together[0]["band"],
                 tokens=together[0]["tokens"],
                 mean=float(np.mean(means)) if means else None,
                 standard_error=float(np.std(means, ddof=1)) / math.sqrt(len(means))
-                if several
+                if len(means) == len(by_seed)
                 else None,
             )
         )

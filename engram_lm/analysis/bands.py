@@ -13,6 +13,7 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from engram_lm.analysis.student import half_width
 from engram_lm.errors import DataError
 
 BANDS = ("never", "1-9", "10-99", "100 and more")
@@ -25,7 +26,7 @@ exact, where an int64 is too small: 4-grams of the released vocabularies."""
 
 
 class BandLoss(TypedDict):
-    """One band's mean and its standard error (of independent tokens), None for too few tokens."""
+    """One band's mean and its standard error, None for too few tokens: see `half`."""
 
     band: str
     tokens: int
@@ -107,6 +108,17 @@ def loss_by_band(
         mean = float(losses.mean()) if len(losses) else None
         rows.append(BandLoss(band=band, tokens=len(losses), mean=mean, standard_error=error))
     return rows
+
+
+def half(row: BandLoss, checkpoints: int) -> float | None:
+    """Half the width of the mean's 95 % interval: over several checkpoints, or with one over tokens
+    as if they were independent. None where the error is not known."""
+    error = row["standard_error"]
+    return (
+        None
+        if error is None
+        else half_width(error, checkpoints if checkpoints > 1 else row["tokens"])
+    )
 
 
 def ngram_keys(canonical_T: npt.NDArray[np.integer], order: int, base: int) -> Keys:

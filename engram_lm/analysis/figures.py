@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from engram_lm.analysis.bands import BandLoss
+from engram_lm.analysis.bands import BandLoss, half
 from engram_lm.analysis.findings import Losses
 from engram_lm.analysis.results import ArmResult
 
@@ -102,7 +102,7 @@ def throughput_bars(arms: Sequence[ArmResult]) -> Figure:
 
 
 def band_bars(losses: dict[str, Losses], order: int, index: int, *, against: str | None) -> Figure:
-    """Loss by how often the n-gram of `order` stood in the corpus, with standard errors: blue what
+    """Loss by how often the n-gram of `order` stood in the corpus, with 95 % intervals: blue what
     is compared with, orange the model, hatched the same with memory off."""
     with matplotlib.rc_context(STYLE):
         figure, axes = blank()
@@ -116,7 +116,7 @@ def band_bars(losses: dict[str, Losses], order: int, index: int, *, against: str
                     column + (place - (len(losses) - 1) / 2) * width,
                     row["mean"],
                     width * 0.92,
-                    yerr=row["standard_error"],
+                    yerr=half(row, len(each.by_checkpoint)),
                     color=_FACES[look],
                     edgecolor=_EDGES[look],
                     hatch=_HATCHES[look],
@@ -139,15 +139,15 @@ def band_bars(losses: dict[str, Losses], order: int, index: int, *, against: str
         return figure
 
 
-def band_differences(rows: Sequence[BandLoss], order: int, title: str) -> Figure:
-    """Difference of two arms in each band, with the standard error of the paired difference."""
+def band_differences(rows: Sequence[BandLoss], order: int, title: str, checkpoints: int) -> Figure:
+    """Difference of two arms in each band, with the paired difference's 95 % interval."""
     with matplotlib.rc_context(STYLE):
         figure, axes = blank()
         axes.axhline(0, color=INK, linewidth=1)
         for column, row in enumerate(rows):
             if row["mean"] is None:
                 continue
-            error = row["standard_error"] or 0.0
+            error = half(row, checkpoints) or 0.0
             colour = VERMILION if row["mean"] < 0 else BLUE
             axes.errorbar(
                 column, row["mean"], yerr=error, color=colour, marker="s", capsize=3, markersize=4.5
@@ -287,3 +287,8 @@ def thousands(value: float, _position: int = 0) -> str:
 def seeds(checkpoints: int) -> str:
     """As figures and tables say it."""
     return "one seed" if checkpoints == 1 else f"{checkpoints} seeds"
+
+
+def over_seeds(checkpoints: int) -> str:
+    """What an interval over several checkpoints is, for a reader."""
+    return f"95 % of the mean over {seeds(checkpoints)} (Student's t)"

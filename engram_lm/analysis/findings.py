@@ -10,12 +10,13 @@ from engram_lm.analysis.ablation_losses import AblationLoss
 from engram_lm.analysis.bands import BandLoss
 from engram_lm.analysis.gates import GateTrace
 from engram_lm.analysis.row_sharing import HeadSharing, OrderSharing
+from engram_lm.analysis.student import half_width
 from engram_lm.analysis.suite_ablation import PartScore
 from engram_lm.errors import DataError
 
 
 class Estimate(TypedDict):
-    """A mean and 95 % of its bootstraps; None where there is one text only."""
+    """A mean and its 95 % interval; None where there is one text only."""
 
     mean: float
     low: float | None
@@ -176,6 +177,15 @@ class Analysis:
     """Checkpoint -> suite, part, kind and metric."""
     seconds: dict[str, float]
     """What each part took."""
+
+    @property
+    def difference_half(self) -> float:
+        """Half the width of the 95 % interval of `bands.difference_mean`: over checkpoints, or with
+        one over windows of the text."""
+        assert self.bands is not None and self.bands.difference_error is not None
+        several = self.checkpoints > 1
+        over = self.checkpoints if several else self.tokens // self.context
+        return half_width(self.bands.difference_error, over)
 
     @property
     def corpus_named(self) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engram_lm.analysis import cells, part_figures
 from engram_lm.analysis.escape import escape
+from engram_lm.analysis.figures import over_seeds
 from engram_lm.analysis.findings import Analysis, GateFindings, NgramGate
 from engram_lm.analysis.gate_scores import FREQUENT, TIMES
 from engram_lm.analysis.page import figure, section, table
@@ -36,7 +37,7 @@ def gate_section(found: Analysis, directory: Path) -> str:
         corpus=escape(found.corpus_named),
         brackets="95 % of bootstraps over windows; one seed"
         if len(gates.scores) == 1
-        else f"lowest and highest of {len(gates.scores)} seeds",
+        else over_seeds(len(gates.scores)),
         figure=figure(
             part_figures.auroc_dots(gates.scores),
             directory,

@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from engram_lm.analysis.figures import BLUE, GRID, INK, STYLE, VERMILION, blank, named, seeds
 from engram_lm.analysis.findings import AlignmentFindings, LensDifference, LensFindings
+from engram_lm.analysis.student import bounds as interval
 
 NAMES = {
     "final_to_layer": "KL(final ‖ layer), nats",
@@ -108,14 +109,14 @@ def alignment_lines(found: AlignmentFindings) -> Figure:
 
 
 def above_lines(found: AlignmentFindings) -> Figure:
-    """How far the index lies above the null in each checkpoint of the first: mean and range."""
+    """How far the index lies above the null: mean and 95 % over checkpoints of the first."""
     with matplotlib.rc_context(STYLE):
         figure, axes = blank()
         values = np.array(found.above)
         layers = range(values.shape[1])
         axes.axhline(0, color=INK, linewidth=1)
         axes.plot(layers, values.mean(0), "s-", color=VERMILION, markersize=4)
-        lows, highs = values.min(0), values.max(0)
+        lows, highs = np.array([interval(each) for each in values.T.tolist()]).T
         axes.fill_between(layers, lows, highs, color=VERMILION, alpha=0.2, linewidth=0)
         axes.set_title(named(f"above two seeds of {found.first}, each in its own"), loc="left")
         axes.set_ylabel("index above the null")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from engram_lm.analysis import cells, layer_figures, map_figures
 from engram_lm.analysis.escape import escape
+from engram_lm.analysis.figures import over_seeds
 from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.page import details, figure, section, table
 
@@ -42,7 +43,9 @@ def lens_section(found: Analysis, directory: Path) -> str:
     heads = ["place", "KL(final ‖ layer)", "KL(layer ‖ final)", "loss", "agreement"]
     return section(
         "lens",
-        over=f"{texts} windows and {many} seeds" if many > 1 else f"{texts} windows; one seed",
+        over=f"{texts} windows and {many} seeds (Student's t)"
+        if many > 1
+        else f"{texts} windows (bootstraps); one seed",
         figures="".join(drawn),
         numbers=details(
             "the numbers",
@@ -73,9 +76,9 @@ def alignment_section(found: Analysis, directory: Path) -> str:
         rows.append(
             [
                 f"block {layer}",
-                cells.bounded([pair[layer] for pair in aligned.index], ".2f"),
+                cells.ranged([pair[layer] for pair in aligned.index], ".2f"),
                 str(likest),
-                cells.bounded(nulls, ".2f"),
+                cells.ranged(nulls, ".2f"),
                 cells.bounded([seed[layer] for seed in aligned.above], "+.2f"),
                 str(aligned.null_likest[layer]) if nulls else cells.UNKNOWN,
             ]
@@ -91,8 +94,10 @@ def alignment_section(found: Analysis, directory: Path) -> str:
         neighbours=str(aligned.neighbours),
         layers=str(len(aligned.across)),
         seeds=f"Here: {len(aligned.index)} pairs across, {len(aligned.null_index)} of the null; "
-        "shaded is the range over pairs. An index depends much on whose blocks it counts in, so "
-        f"what counts is how far it lies above the null in each seed of {escape(first)} alone."
+        "shaded, and in brackets, is the range over pairs. An index depends much on whose blocks "
+        "it counts in, so what counts is how far it lies above the null in each seed of "
+        f"{escape(first)} alone; there it is {over_seeds(len(aligned.above))}. Each block is a "
+        "test of its own: of twenty that do not differ, one is expected to seem so."
         if aligned.null_index
         else f"Here is one seed of {escape(first)}, so no null, and nothing can be concluded.",
         figures="".join(drawn),

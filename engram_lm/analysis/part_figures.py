@@ -10,10 +10,11 @@ from engram_lm.analysis.ablation_losses import AblationLoss
 from engram_lm.analysis.figures import BLUE, GRID, INK, STYLE, VERMILION, blank, minus
 from engram_lm.analysis.findings import GateScore
 from engram_lm.analysis.row_sharing import OrderSharing
+from engram_lm.analysis.student import bounds
 
 
 def ablation_dots(by_checkpoint: Sequence[Sequence[AblationLoss]]) -> Figure:
-    """Change in loss of each part; whiskers: over windows with one checkpoint, the range over
+    """Change in loss of each part; whiskers, 95 %: over windows with one checkpoint, over
     checkpoints with several."""
     with matplotlib.rc_context(STYLE):
         names = [part.name for part in by_checkpoint[0]]
@@ -23,7 +24,7 @@ def ablation_dots(by_checkpoint: Sequence[Sequence[AblationLoss]]) -> Figure:
             lows = np.array([part.low for part in by_checkpoint[0]])
             highs = np.array([part.high for part in by_checkpoint[0]])
         else:
-            lows, highs = changes.min(0), changes.max(0)
+            lows, highs = np.array([bounds(each) for each in changes.T.tolist()]).T
         means = changes.mean(0)
         axes.axvline(0, color=INK, linewidth=1)
         for row, (mean, low, high) in enumerate(zip(means, lows, highs, strict=True)):
@@ -72,8 +73,8 @@ def sharing_dots(orders: Sequence[OrderSharing]) -> Figure:
 
 
 def auroc_dots(by_checkpoint: Sequence[Sequence[GateScore]]) -> Figure:
-    """What each gate tells apart, 0 to 1; whiskers: over windows with one checkpoint, the range
-    over checkpoints with several."""
+    """What each gate tells apart, 0 to 1; whiskers, 95 %: over windows with one checkpoint, over
+    checkpoints with several."""
     with matplotlib.rc_context(STYLE):
         gates = list(zip(*by_checkpoint, strict=True))
         figure, axes = blank(height=1.2 + 0.4 * len(gates))
@@ -88,9 +89,9 @@ def auroc_dots(by_checkpoint: Sequence[Sequence[GateScore]]) -> Figure:
                 if not known:
                     continue
                 means = [value["mean"] for value in known]
-                low, high = min(means), max(means)
-                if len(known) == 1:
-                    low, high = known[0]["low"], known[0]["high"]
+                low, high = known[0]["low"], known[0]["high"]
+                if len(known) > 1:
+                    low, high = bounds(means)
                 axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=1.4)
                 axes.plot(np.mean(means), row + shift, marker, color=colour, markersize=4.5)
                 named[name.removeprefix("auroc_")] = marker, colour

@@ -47,14 +47,14 @@ def verdict(found: Analysis) -> list[str]:
         own = losses[found.name]
         if found.against is not None:
             other = losses[found.against]
-            gap, error = found.bands.difference_mean, found.bands.difference_error
-            assert gap is not None and error is not None
+            gap, half = found.bands.difference_mean, found.difference_half
+            assert gap is not None
             told = f"{found.name} predicts this text {'better' if gap < 0 else 'worse'} than"
-            if abs(gap) < 2 * error:
+            if abs(gap) < half:
                 told = f"On this text {found.name} is not told apart from"
             said.append(
                 f"{told} {found.against}: {own.loss:.3f} against {other.loss:.3f} nats per token "
-                f"({minus(f'{gap:+.3f}')}, standard error {error:.3f} over "
+                f"({minus(f'{gap:+.3f}')} ± {half:.3f}, 95 % over "
                 f"{'windows of the text' if found.checkpoints == 1 else 'seeds'})."
             )
         off = losses.get(f"{found.name}, memory off")

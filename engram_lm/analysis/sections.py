@@ -7,9 +7,9 @@ from pathlib import Path
 
 from engram_lm.analysis import cells, figures, map_figures, part_figures
 from engram_lm.analysis.ablation_losses import TOKENS
-from engram_lm.analysis.bands import BANDS, BandLoss
+from engram_lm.analysis.bands import BANDS, BandLoss, half
 from engram_lm.analysis.escape import escape
-from engram_lm.analysis.figures import seeds
+from engram_lm.analysis.figures import over_seeds, seeds
 from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.gate_section import gate_section
 from engram_lm.analysis.layer_sections import alignment_section, lens_section
@@ -41,7 +41,8 @@ def _bands(found: Analysis, directory: Path) -> str:
         bars = figures.band_bars(losses, order, index, against=found.against)
         drawn.append(figure(bars, directory, f"bands-{order}", f"Loss {label}"))
         if bands.difference is not None:
-            dots = figures.band_differences(bands.difference_bands[index], order, bands.difference)
+            rows_of = bands.difference_bands[index]
+            dots = figures.band_differences(rows_of, order, bands.difference, found.checkpoints)
             name = f"band-differences-{order}"
             drawn.append(figure(dots, directory, name, f"{bands.difference} {label}"))
     rows = [
@@ -60,14 +61,13 @@ def _bands(found: Analysis, directory: Path) -> str:
                     f"{order}-gram, {band}",
                     f"{columns[0][place]['tokens']:,}",
                     *(
-                        _mean(column[place], signed=at >= len(losses))
+                        _mean(column[place], found.checkpoints, signed=at >= len(losses))
                         for at, column in enumerate(columns)
                     ),
                 ]
                 for place, band in enumerate(BANDS)
             ]
         )
-    many = max(len(each.by_checkpoint) for each in losses.values())
     return section(
         "bands",
         tokens=f"{found.tokens:,}",
@@ -77,7 +77,9 @@ def _bands(found: Analysis, directory: Path) -> str:
         "in no band"
         if found.apart
         else "across document separators",
-        errors=f"over {many} checkpoints" if many > 1 else "taking tokens as independent",
+        errors=f"over {seeds(found.checkpoints)} (Student's t)"
+        if found.checkpoints > 1
+        else "taking tokens as independent; one seed",
         losses=table(["model", "nats per token", "bits per byte"], [rows]),
         figures="".join(drawn),
         table=table(["times in the corpus", "tokens", *names], bodies) if bodies else "",
@@ -108,7 +110,7 @@ def _ablation(found: Analysis, directory: Path) -> str:
         text=escape(found.text),
         whiskers="95 % of bootstraps over windows; one seed"
         if len(checkpoints) == 1
-        else f"the range over {len(checkpoints)} seeds",
+        else over_seeds(len(checkpoints)),
         figure=figure(dots, directory, "ablation", "Change in loss; numbers in the table below"),
         table=table(heads, [rows]) + note,
     )
@@ -139,7 +141,7 @@ def _suites(found: Analysis, directory: Path) -> str:
         questions=f"{checkpoints[0][0]['questions']:,}",
         brackets="95 % of bootstraps over questions; one seed"
         if len(checkpoints) == 1
-        else f"lowest and highest of {len(checkpoints)} seeds",
+        else over_seeds(len(checkpoints)),
         figure="" if drawn is None else figure(drawn, directory, "suites", "Scores by part"),
         table=table(heads, bodies.values()),
     )
@@ -188,8 +190,10 @@ def _addresses(found: Analysis, directory: Path) -> str:
     )
 
 
-def _mean(row: BandLoss, *, signed: bool) -> str:
+def _mean(row: BandLoss, checkpoints: int, *, signed: bool) -> str:
+    """Behind ± half the 95 % interval, as pages/bands.html says."""
     if row["mean"] is None:
         return cells.UNKNOWN
-    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
+    width = half(row, checkpoints)
+    error = "" if width is None else f" ± {width:.3f}"
     return f"{row['mean']:{'+' if signed else ''}.3f}{error}"

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from engram_lm.analysis import cells
 from engram_lm.analysis.bands import BANDS
-from engram_lm.analysis.figures import seeds
+from engram_lm.analysis.figures import over_seeds, seeds
 from engram_lm.analysis.findings import Analysis
 from engram_lm.analysis.gate_text import gate_text
 
@@ -30,7 +30,7 @@ def _gates(found: Analysis, console: Console) -> None:
     for trace in found.gates.traces:
         console.print(gate_text(trace))
     heads = ("frequent", "AUROC", "names", "AUROC", "gate there", "elsewhere")
-    table = _table("gates: white 0, orange 1", "gate", *heads)
+    table = _table(f"gates: white 0, orange 1; in brackets {_over(found)}", "gate", *heads)
     for together in zip(*found.gates.scores, strict=True):
         first = together[0]
         table.add_row(
@@ -53,12 +53,15 @@ def _bands(found: Analysis, console: Console) -> None:
     if found.bands is None:
         return
     bands = found.bands
-    table = _table("loss, nats per token", "times in the corpus", *bands.losses)
+    title = "loss, nats per token"
+    if bands.difference is not None:
+        title += f"; ±: {_over(found)}"
+    table = _table(title, "times in the corpus", *bands.losses)
     if bands.difference is not None:
         table.add_column(Text(bands.difference), justify="right")
     difference = []
     if bands.difference_mean is not None:
-        difference = [f"{bands.difference_mean:+.4f} ± {bands.difference_error:.4f}"]
+        difference = [f"{bands.difference_mean:+.4f} ± {found.difference_half:.4f}"]
     table.add_row("all", *(f"{each.loss:.4f}" for each in bands.losses.values()), *difference)
     for index, order in enumerate(bands.orders):
         for place, band in enumerate(BANDS):
@@ -89,6 +92,8 @@ def _alignment(found: Analysis, console: Console) -> None:
     aligned = found.alignment
     null = "null: two seeds" if aligned.null_index else "null: one seed, none"
     title = f"blocks of {aligned.second} in {aligned.first}: {aligned.inputs:,} {aligned.where}"
+    if aligned.above:
+        title += f"; in brackets {over_seeds(len(aligned.above))}"
     table = _table(title, "block", "alignment index", "most like", null, "above it")
     for layer, likest in enumerate(aligned.likest):
         index = statistics.mean(pair[layer] for pair in aligned.index)
@@ -101,8 +106,7 @@ def _alignment(found: Analysis, console: Console) -> None:
 def _ablation(found: Analysis, console: Console) -> None:
     if found.ablation is None:
         return
-    over = "95 % over windows" if len(found.ablation) == 1 else "lowest and highest seed"
-    table = _table("loss without a part", "part", f"change, nats ({over})")
+    table = _table("loss without a part", "part", f"change, nats ({_over(found)})")
     for together in zip(*found.ablation, strict=True):
         one, changes = together[0], [part.change for part in together]
         table.add_row(one.name, cells.bounded(changes, "+.4f", (one.low, one.high)))
@@ -149,6 +153,10 @@ def _addresses(found: Analysis, console: Console) -> None:
             f"{each.untouched_expected:.4f}",
         )
     console.print(table, "")
+
+
+def _over(found: Analysis) -> str:
+    return "95 % over windows" if found.checkpoints == 1 else over_seeds(found.checkpoints)
 
 
 def _table(title: str, first: str, *others: str) -> Table:

@@ -227,7 +227,9 @@ def show(record: dict[str, Any], columns: tuple[str, ...]) -> None:
     from rich.table import Column, Table
 
     seeds = len(record["models"])
-    spread = "one seed" if seeds == 1 else f"means of {seeds} seeds, sd: over them"
+    spread = (
+        "one seed" if seeds == 1 else f"means of {seeds} seeds, sd: standard deviation over them"
+    )
     grid = Table(
         Column("suite", no_wrap=True),
         title=", ".join(record["models"]),

@@ -62,7 +62,8 @@ def show(record: dict[str, Any], columns: tuple[str, ...]) -> None:
         Column("task", overflow="fold"),
         title=", ".join(record["models"]),
         box=SIMPLE_HEAD,
-        caption=f"means of {seeds} seeds, sd: over them" if seeds > 1 else None,
+        caption="±: lm_eval's standard error, over documents"
+        + (f"; means of {seeds} seeds, sd: standard deviation over them" if seeds > 1 else ""),
     )
     for title in ["shots", "of", *titles, *(["on - off"] if len(columns) == 2 else [])]:
         grid.add_column(title, justify="right")
