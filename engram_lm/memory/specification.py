@@ -181,29 +181,29 @@ class Specification:
         """The map that these rules make of a tokenizer (see CanonicalMap.from_tokenizer).
 
         Under the rule `raw` every id is its own canonical id, up to the vocabulary's size where it
-        is known: a model may have more ids than its tokenizer. MismatchError if it has fewer.
+        is known and larger: a model may have more ids than its tokenizer.
         """
         if self.canonical_rule == "folded":
             return CanonicalMap.from_tokenizer(tokenizer)
-        ids = vocabulary_size(backend_of(tokenizer))
-        known = ids if self.vocabulary is None else self.vocabulary.token_ids
-        if ids > known:
-            raise MismatchError(
-                f"the tokenizer has {ids} ids, the specification's vocabulary {known}"
-            )
-        return CanonicalMap.identity(known)
+        known = 0 if self.vocabulary is None else self.vocabulary.token_ids
+        return CanonicalMap.identity(max(known, vocabulary_size(backend_of(tokenizer))))
 
     def bind(self, canonical: CanonicalMap) -> "Specification":
-        """This specification for that vocabulary. MismatchError if it already has another one."""
+        """This specification for that vocabulary. MismatchError if it already has another one.
+
+        A map that goes on behind the vocabulary it has, because the tokenizer has grown, is no
+        other one.
+        """
         if self.canonical_rule == "raw" and canonical.canonical_ids < canonical.token_ids:
             raise MismatchError(
                 f"canonical_rule='raw': a map that folds {canonical.token_ids} ids into "
                 f"{canonical.canonical_ids} is not the identity"
             )
+        own = canonical.own
+        if self.vocabulary is not None:
+            own = own.first(self.vocabulary.token_ids)
         vocabulary = Vocabulary(
-            token_ids=canonical.token_ids,
-            canonical_ids=canonical.canonical_ids,
-            sha256=canonical.sha256,
+            token_ids=own.token_ids, canonical_ids=own.canonical_ids, sha256=own.sha256
         )
         if self.vocabulary is not None and self.vocabulary != vocabulary:
             raise MismatchError(

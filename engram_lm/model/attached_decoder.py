@@ -106,6 +106,10 @@ class AttachedDecoder(MemoryDecoder):
             if hasattr(self, name):
                 delattr(self, name)
 
+    def memories(self) -> dict[str, Any]:
+        """Packs too."""
+        return super().memories() | {f"the pack {name!r}": p for name, p in self.packs.items()}
+
     @merge_with_config_defaults
     def forward(
         self,

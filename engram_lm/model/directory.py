@@ -5,6 +5,7 @@ engines, canonical_map.safetensors is the tokenizer's map, README.md the card; c
 whether the files are those that were saved.
 """
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,15 @@ def canonical_map(path: Any, tokenizer: Any, options: dict[str, Any]) -> Canonic
     specification = specification.bind(canonical)
     for given in (_beside(path, "tokenizer.json", hub), tokenizer):
         if given is not None:
-            specification.bind(specification.canonical_map(given))
+            map_of_it = specification.canonical_map(given)
+            specification.bind(map_of_it)
+            if map_of_it.token_ids > config.vocab_size:  # its model was saved before it was resized
+                warnings.warn(
+                    f"{path}: the tokenizer has {map_of_it.token_ids} ids, vocab_size is "
+                    f"{config.vocab_size}; resize_token_embeddings({map_of_it.token_ids}) gives "
+                    "the model more",
+                    stacklevel=3,
+                )
     return canonical
 
 
