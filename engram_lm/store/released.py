@@ -65,7 +65,8 @@ class Released:
             )
         self.width = int(_key(text, "hidden_size"))
         self._canonical_ids = text.get("engram_compressed_vocab_size")
-        self._token_ids = int(text.get("vocab_size") or 0)
+        self.token_ids = int(text.get("vocab_size") or 0)
+        """The model's, which may be more than its tokenizer's; 0 where it does not say."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -86,7 +87,7 @@ class Released:
                 f"the tokenizer has {canonical.canonical_ids} canonical ids, "
                 f"engram_compressed_vocab_size is {self._canonical_ids}"
             )
-        return canonical.grown(self._token_ids)
+        return canonical.grown(self.token_ids)
 
     def fuse(self, layer: int, dtype: torch.dtype = torch.float32) -> Fuse:
         """The fusion of one layer with the released weights; fp8 matrices are dequantised."""
