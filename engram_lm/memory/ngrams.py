@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engram_lm.errors import instance
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import INT64_MAX, Specification
 from engram_lm.memory.window import EMPTY, Window, open_window
@@ -35,6 +36,8 @@ class Addresses:
     """
 
     def __init__(self, specification: Specification, canonical: CanonicalMap) -> None:
+        instance("specification", specification, Specification)
+        instance("canonical", canonical, CanonicalMap)
         self.specification = specification.bind(canonical)
         vocabulary = self.specification.vocabulary
         assert vocabulary is not None

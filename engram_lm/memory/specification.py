@@ -20,7 +20,14 @@ import numpy as np
 from sympy import nextprime
 
 from engram_lm import whole
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import (
+    ConfigError,
+    MismatchError,
+    instance,
+    shown,
+    whole_number,
+    whole_numbers,
+)
 from engram_lm.memory.canonical import CanonicalMap, backend_of, vocabulary_size
 
 FORMAT = "engram-specification"
@@ -45,6 +52,12 @@ class Vocabulary:
     sha256: str
     """Of the map as little-endian int32."""
 
+    def __post_init__(self) -> None:
+        for name in ("token_ids", "canonical_ids"):
+            value = whole_number(f"vocabulary.{name}", getattr(self, name), least=1)
+            object.__setattr__(self, name, value)
+        instance("vocabulary.sha256", self.sha256, str)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Specification:
@@ -68,7 +81,8 @@ class Specification:
     """Per order."""
     seed: int = 0
     pad_id: int
-    """The token id whose canonical id stands before the start of a text."""
+    """The token id whose canonical id stands before the start of a text: the tokenizer's
+    pad_token_id, or its eos_token_id where it has no pad token."""
     rows_multiple: int = 1
     """A table's rows are rounded up to a multiple of it; no n-gram reads the rows added."""
     canonical_rule: str = "folded"
@@ -78,6 +92,16 @@ class Specification:
     vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
+        if self.pad_id is None:
+            raise ConfigError(
+                "pad_id=None: a token id is needed, the tokenizer's pad_token_id or, where it has "
+                "none, its eos_token_id"
+            )
+        for field in ("layers", "rows_per_head"):
+            object.__setattr__(self, field, whole_numbers(field, getattr(self, field)))
+        for field in ("heads", "seed", "pad_id", "rows_multiple"):
+            object.__setattr__(self, field, whole_number(field, getattr(self, field)))
+        instance("vocabulary", self.vocabulary, Vocabulary, type(None))
         if not self.layers or any(layer < 0 for layer in self.layers):
             raise ConfigError(
                 f"layers={self.layers}: at least one zero-based layer number is needed"
@@ -102,7 +126,7 @@ class Specification:
         ):
             if getattr(self, field) not in accepted:
                 raise ConfigError(
-                    f"{field}={getattr(self, field)!r}: accepted are {', '.join(accepted)}"
+                    f"{field}={shown(getattr(self, field))}: accepted are {', '.join(accepted)}"
                 )
         if self.vocabulary is not None and not 0 < self.vocabulary.canonical_ids < 2**30:
             # From there on numpy draws multipliers 32 bits at a time: another stream.

@@ -20,7 +20,7 @@ from torch import nn
 from engram_lm import whole
 from engram_lm.auto import PACK
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
@@ -30,6 +30,7 @@ from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import checksums, serve
 from engram_lm.model.checksums import SPECIFICATION
+from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.seal import Seal
 from engram_lm.store.weights import SINGLE
 
@@ -153,7 +154,10 @@ def _check_vocabulary(path: Path, recorded: int, size: int, canonical: Canonical
 def save_pack(model: Any, directory: str | os.PathLike[str]) -> None:
     """Writes the memory of an attached model, without its backbone. ConfigError where there is none
     or its rows are in files; what stood in the directory before is replaced at the end."""
-    decoder = model.base_model
+    if not isinstance(model, MemoryPreTrained):
+        raise ConfigError(f"{type(model).__name__}: no memory to save; attach one")
+    instance("directory", directory, str, os.PathLike)
+    decoder: Any = model.base_model
     memory = model.config.memory_config
     if memory is None or decoder.addresses is None:
         raise ConfigError(f"{type(model).__name__}: no memory to save; attach one")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.ngrams import Addresses
@@ -29,6 +29,7 @@ class MemoryPreTrained(PreTrainedModel):
     """Of a decoder with memory and of what stands around it. Comes before a family's own class."""
 
     def __init__(self, config: Any) -> None:
+        instance("config", config, type(self).config_class)
         super().__init__(config)
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), NEVER_QUANTISED}
         if not serve.makes_tables():
@@ -131,6 +132,7 @@ class MemoryPreTrained(PreTrainedModel):
         Ids that the model has beyond the map of its memory (a padded embedding, tokens that were
         added later) are classes of their own, whatever a grown tokenizer makes of them.
         """
+        instance("canonical", canonical, CanonicalMap)
         memory = self.config.memory_config
         if memory is None:
             raise ConfigError("memory=None: a model without memory has no canonical map")

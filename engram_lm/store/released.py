@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engram_lm.config import FusionConfig, MemoryConfig, deepseek_v41, qwen4_exp
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.rows import RowFormat, RowStore
@@ -49,6 +49,7 @@ class Released:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        instance("directory", directory, str, os.PathLike)
         self.directory = Path(directory)
         record = _json(self.directory / "config.json")
         text = record.get("text_config", record)
