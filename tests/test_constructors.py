@@ -1,5 +1,6 @@
 """Values of a wrong type are refused where they are given: one line, and never a raw TypeError."""
 
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,20 @@ CALLS = {
     "twin": lambda: {"config": nano_moe(), "rho": 0.75, "memory": nano()},
 }
 """Every public name that is called, with values that it takes (or refuses for no type's sake)."""
+WAYS = {
+    "CanonicalMap.identity": {"token_ids": 4},
+    "CanonicalMap.from_tokenizer": {"tokenizer": None},
+    "CanonicalMap.load": {"path": "nowhere"},
+    "Host.attach": {"address": "nowhere", "format": FORMAT},
+    "Host.of": {"store": STORE},
+    "MemoryConfig.from_dict": {"record": []},
+    "Resident.of": {"store": STORE},
+    "RowFormat.named": {"name": "fp32", "dim": 4},
+    "Specification.from_dict": {"record": []},
+    "Specification.load": {"path": "nowhere"},
+    "Workers.join": {"device": "cpu"},
+}
+"""Other ways to make one."""
 OPTIONAL = {
     *("FusionConfig.conv_kernel", "JointOptimizer.clip", "RowFormat.scale_group"),
     *("attach.memory", "readdress.reads", "twin.memory"),
@@ -119,10 +134,10 @@ def fits(name: str, wrong: object, right: object) -> bool:
     return type(wrong) is type(right) or (name, type(wrong)) == ("Region.path", str)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *WAYS])
 def test_every_public_call_refuses_wrong_types_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    call, values = getattr(engram_lm, name), CALLS[name]()
+    call, values = attrgetter(name)(engram_lm), WAYS[name] if name in WAYS else CALLS[name]()
     for argument, right in values.items():
         for wrong in WRONG:
             if fits(f"{name}.{argument}", wrong, right):

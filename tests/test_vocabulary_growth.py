@@ -211,7 +211,7 @@ def test_packs_are_read_by_models_whose_vocabulary_has_grown_or_has_not_yet(ids,
         small.load_pack("law", tmp_path / "old")
 
 
-def test_surgery_keeps_ids_beyond_the_tokenizer(ids):
+def test_surgery_keeps_ids_beyond_the_tokenizer(ids, tmp_path):
     model = engram(V + 3)
     ids = with_added(ids)
     rules = model.config.memory_config.specification
@@ -222,6 +222,19 @@ def test_surgery_keeps_ids_beyond_the_tokenizer(ids):
         assert changed(ids).logits.isfinite().all()
         if kept == {0: 1.0, 2: 1.0}:
             assert torch.equal(changed(ids).logits, model(ids).logits)
+    plain = tiny_model(memory=None)
+    given = engram_lm.give_memory(plain, memory(), tokenizer())
+    given.resize_token_embeddings(V + 3, mean_resizing=False)
+    with pytest.raises(
+        ConfigError, match=rf"has {V + 3} rows, .* resize_token_embeddings\({V + 3}\)"
+    ):
+        plain.save_pretrained(tmp_path)
+    plain.resize_token_embeddings(V + 3)
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, plain(ids).logits
+    )
+    assert torch.equal(plain(ids).logits, given.eval()(ids).logits)
     plain = tiny_model(memory=None, vocab_size=V + 3)
     given = engram_lm.give_memory(plain, memory(), grown_tokenizer())
     assert given.config.memory_config.specification.vocabulary.token_ids == V + 3

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor
 
 from engram_lm import whole
-from engram_lm.errors import ConfigError, DataError, EngramError
+from engram_lm.errors import ConfigError, DataError, EngramError, whole_number
 
 FILE_NAME = "canonical_map.safetensors"
 LIMIT = 2**30
@@ -80,6 +80,7 @@ class CanonicalMap:
 
         Id i beyond the V of the tokenizer is a class of its own, V' + i - V (docs/addressing.md).
         """
+        token_ids = whole_number("token_ids", token_ids, least=0)
         own, more = self.own, token_ids - self.own.token_ids
         if more <= 0:
             return own
@@ -128,7 +129,7 @@ class CanonicalMap:
     @classmethod
     def identity(cls, token_ids: int) -> "CanonicalMap":
         """The map of a memory that is addressed by raw token ids (Qwen4-Exp)."""
-        return cls(torch.arange(token_ids, dtype=torch.int32))
+        return cls(torch.arange(whole_number("token_ids", token_ids, least=1)))
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `canonical_map.safetensors`: the tokenizer's part, checksum in the metadata."""
@@ -144,7 +145,7 @@ class CanonicalMap:
             with safe_open(path, "pt") as file:
                 recorded = (file.metadata() or {}).get("sha256")
                 canonical = cls(file.get_tensor("canonical_ids"))
-        except (OSError, SafetensorError) as error:
+        except (OSError, TypeError, SafetensorError) as error:
             raise DataError(f"{path}: no canonical map can be read ({error})") from error
         except EngramError as error:
             raise DataError(f"{path}: {error}") from error

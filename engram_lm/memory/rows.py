@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from engram_lm.errors import AddressError, ConfigError, DataError, shown, whole_number
+from engram_lm.errors import AddressError, ConfigError, DataError, instance, shown, whole_number
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 """torch knows it by name and does nothing with it: the bytes are ours."""
@@ -70,9 +70,10 @@ class RowFormat:
     def named(cls, name: str, dim: int) -> "RowFormat":
         """The format of this name in DTYPES, where scaled with a scale per 32 values, or per the
         largest power of two below that divides `dim`. ConfigError on other names."""
+        instance("dtype", name, str)
         if name not in DTYPES:
             raise ConfigError(f"dtype={name!r}: accepted are {', '.join(DTYPES)}")
-        scaled = DTYPES[name].itemsize == 1
+        dim, scaled = whole_number("dim", dim), DTYPES[name].itemsize == 1
         return cls(dtype=DTYPES[name], dim=dim, scale_group=math.gcd(dim, 32) if scaled else None)
 
     @property

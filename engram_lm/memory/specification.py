@@ -310,6 +310,7 @@ class Specification:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Specification":
         """Reads what `save` wrote. ConfigError names the file."""
+        instance("path", path, str, os.PathLike)
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except OSError as error:

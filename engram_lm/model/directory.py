@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
@@ -43,6 +44,14 @@ def begin(model: Any, directory: Path) -> None:
         raise ConfigError(
             "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t)) before saving"
         )
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        rows, known = len(embedding.weight), embedding.num_embeddings
+        if rows not in (0, known):  # 0: DeepSpeed holds it elsewhere
+            raise ConfigError(
+                f"the embedding has {rows} rows, and this model knows of {known}: it was resized "
+                f"through a model that shares it; call resize_token_embeddings({rows}) here too"
+            )
     # From here on the old ones would be wrong.
     (directory / checksums.FILE_NAME).unlink(missing_ok=True)
 

@@ -50,6 +50,7 @@ class Workers:
         ConfigError where the environment is half set or names a GPU that is not there; WorkerError
         where the others cannot be met.
         """
+        instance("device", device, str)
         given = [name for name in VARIABLES if name in os.environ]
         if not {"RANK", "WORLD_SIZE"} & set(given):
             return cls(device=torch.device(device))
