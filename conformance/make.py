@@ -34,6 +34,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     deepseek(tokenizer, HERE / "deepseek_v41")
+    beyond(tokenizer, HERE / "beyond_the_tokenizer.json")
     qwen(tokenizer, HERE / "qwen4_exp")
 
 
@@ -135,6 +136,44 @@ def deepseek(tokenizer: Tokenizer, out: Path) -> None:
     save_file(tensors, out / "expected.safetensors")
 
 
+def beyond(tokenizer: Tokenizer, path: Path) -> None:
+    """Rows of the same memory in a model that has twice as many token ids as its tokenizer."""
+    canonical, primes = fold(tokenizer), draw_primes()
+    V, ids = len(canonical), tokenizer.encode(TEXTS[3]).ids
+    cases = []
+    for name, token_ids, history, masked, starts in (
+        ("added", [*ids[:4], V, V + 1, *ids[4:8], V], [], [], []),
+        ("padding_of_the_embedding", [2 * V - 1, V + 7, 2 * V - 1, *ids[:3]], [], [], []),
+        ("history", ids[:4], [V, ids[0], 2 * V - 2], [], []),
+        ("masked", [ids[0], V, V + 1, *ids[1:5]], [], [2], []),
+        ("two_documents", [V, V, *ids[:2], V + 3, V, *ids[2:4]], [], [], [0, 4]),
+    ):
+        rows = {
+            str(layer): deepseek_rows(
+                canonical, layer, primes[layer], token_ids, history, masked, starts
+            )
+            for layer in DEEPSEEK["engram_layer_ids"]
+        }
+        cases.append(
+            {
+                "name": name,
+                "token_ids": token_ids,
+                "history": history,
+                "masked_positions": masked,
+                "document_starts": starts,
+                "canonical_ids": [class_of(canonical, token) for token in token_ids],
+                "rows": rows,
+            }
+        )
+    write_json(path, {"checkpoint": "deepseek_v41", "vocab_size": 2 * V, "cases": cases})
+
+
+def class_of(canonical: list[int], token: int) -> int:
+    """Canonical id; ids beyond the tokenizer's are classes of their own."""
+    more = token - len(canonical)
+    return canonical[token] if more < 0 else max(canonical) + 1 + more
+
+
 def deepseek_cases(tokenizer: Tokenizer):
     """(name, token ids, history, masked positions, document starts)."""
     encoded = [tokenizer.encode(text).ids for text in TEXTS]
@@ -199,12 +238,14 @@ def deepseek_rows(canonical, layer, primes, ids, history, masked, starts) -> lis
     rows = []
     for position in range(before, len(stream)):
         blocked = position in dead
-        mix = (pad if blocked else canonical[stream[position]]) * multipliers[0]
+        value = pad if blocked else class_of(canonical, stream[position])
+        mix = value * multipliers[0] % 2**63
         row = []
         for back in range(1, DEEPSEEK["engram_max_ngram_size"]):
             at = position - back
             blocked = blocked or at < 0 or at in dead or at + 1 in first
-            mix ^= (pad if blocked else canonical[stream[at]]) * multipliers[back]
+            value = pad if blocked else class_of(canonical, stream[at])
+            mix ^= value * multipliers[back] % 2**63
             for _ in range(DEEPSEEK["engram_n_heads"]):
                 row.append(mix % primes[len(row)] + sum(primes[: len(row)]))
         rows.append(row)

@@ -6,7 +6,7 @@ Presets are functions. A variant is `dataclasses.replace(paper(), ...)`.
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError, MismatchError, instance, number, shown, whole_number
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 
@@ -34,10 +34,14 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
-            raise ConfigError(f"gate={self.gate!r}: accepted are {', '.join(GATES)}")
+            raise ConfigError(f"gate={shown(self.gate)}: accepted are {', '.join(GATES)}")
         kernel = self.conv_kernel
-        if kernel is not None and not (isinstance(kernel, int) and kernel >= 2):
-            raise ConfigError(f"conv_kernel={kernel!r}: 2 or more, or null for no convolution")
+        if kernel is not None and whole_number("conv_kernel", kernel) < 2:
+            raise ConfigError(f"conv_kernel={kernel}: 2 or more, or null for no convolution")
+        for name in ("bias", "zero_centered_norms"):
+            instance(name, getattr(self, name), bool)
+        for name in ("norm_eps", "conv_norm_eps"):
+            object.__setattr__(self, name, number(name, getattr(self, name), least=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +54,11 @@ class MemoryConfig:
     fusion: FusionConfig = FusionConfig()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.head_dim, int) or self.head_dim < 1:
-            raise ConfigError(f"head_dim={self.head_dim!r}: a row holds at least 1 value")
+        instance("specification", self.specification, Specification)
+        object.__setattr__(self, "head_dim", whole_number("head_dim", self.head_dim))
+        if self.head_dim < 1:
+            raise ConfigError(f"head_dim={self.head_dim}: a row holds at least 1 value")
+        instance("fusion", self.fusion, FusionConfig)
 
     @property
     def memory_dim(self) -> int:

@@ -187,9 +187,11 @@ def digest(record: dict[str, Any]) -> str:
 
 
 class Addressing:
-    """The row numbers of one specification with one canonical map."""
+    """The row numbers of one specification with one canonical map, in a model of so many ids."""
 
-    def __init__(self, record: dict[str, Any], canonical: list[int]) -> None:
+    def __init__(
+        self, record: dict[str, Any], canonical: list[int], vocab_size: int | None = None
+    ) -> None:
         _check_record(record)
         self.canonical, self.pad_id = list(canonical), record["pad_id"]
         self.boundary_rule: str = record["boundary_rule"]
@@ -237,6 +239,10 @@ class Addressing:
         for name, expected in computed.items():
             if name in record and (name, record[name]) != ("vocabulary", None):
                 _require_equal(record[name], expected, name)
+
+        # 2. Ids beyond the tokenizer's
+        beyond = len(canonical) if vocab_size is None else vocab_size
+        self.canonical += [size + i - len(canonical) for i in range(len(canonical), beyond)]
 
     # 5. Rows of a position
     def rows(
@@ -287,9 +293,9 @@ class Addressing:
 
     def _row_numbers(self, layer: int, values: list[int]) -> list[int]:
         multipliers, offsets = self.multipliers[layer], iter(self.offsets[layer])
-        mix = values[0] * multipliers[0]
+        mix = values[0] * multipliers[0] % 2**63
         read: list[int] = []
         for n, primes in enumerate(self.primes[layer], start=2):
-            mix ^= values[n - 1] * multipliers[n - 1]
+            mix ^= values[n - 1] * multipliers[n - 1] % 2**63
             read += [mix % prime + next(offsets) for prime in primes]
         return read

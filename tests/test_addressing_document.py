@@ -17,6 +17,7 @@ from engram_lm.config import deepseek_v41, demo, paper, qwen4_exp
 from engram_lm.errors import ConfigError
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.ngrams import Addresses
+from engram_lm.memory.ngrams_numba import CompiledAddresses
 from engram_lm.memory.specification import Specification
 from engram_lm.memory.window import EMPTY
 from engram_lm.store.released import Released
@@ -36,11 +37,13 @@ def test_the_pages_examples_are_what_both_implementations_give(example):
     arguments = {"history": example["history"]}
     for name in ("padding", "masked", "document_starts"):
         arguments[name] = set(example[name])
-    second = Addressing(record, canonical).rows(example["token_ids"], **arguments)
+    size = example["vocab_size"]
+    second = Addressing(record, canonical, size).rows(example["token_ids"], **arguments)
     assert {str(layer): rows for layer, rows in second.items()} == example["rows"]
     assert digest(record) == example["digest"]
 
-    addresses = Addresses(Specification.from_dict(record), CanonicalMap(torch.tensor(canonical)))
+    model_map = CanonicalMap(torch.tensor(canonical)).grown(size)
+    addresses = Addresses(Specification.from_dict(record), model_map)
     assert addresses.specification.digest == example["digest"]
     T = len(example["token_ids"])
     history = [EMPTY if token is None else token for token in example["history"]]
@@ -149,7 +152,8 @@ def test_the_pages_table_of_folded_texts_is_what_folding_gives():
 def test_both_implementations_agree_on_every_rule_history_and_mask(case):
     addresses, ids, history, padding, masked, starts = case
     T, rows = len(ids[0]), rows_of(case).tolist()
-    second = Addressing(addresses.specification.to_dict(), addresses.canonical.ids_V.tolist())
+    tokenizer, size = addresses.canonical.own.ids_V.tolist(), addresses.canonical.token_ids
+    second = Addressing(addresses.specification.to_dict(), tokenizer, size)
     for b in range(len(ids)):
         found = second.rows(
             ids[b],
@@ -161,6 +165,35 @@ def test_both_implementations_agree_on_every_rule_history_and_mask(case):
         for index, layer in enumerate(addresses.layers):
             for t in range(T):
                 assert found[layer][t] is None or found[layer][t] == rows[index][b][t]
+
+
+def test_every_implementation_reads_the_kits_rows_of_ids_beyond_the_tokenizer():
+    expected = json.loads((ROOT / "conformance" / "beyond_the_tokenizer.json").read_text())
+    released = Released(ROOT / "conformance" / expected["checkpoint"])
+    canonical = released.canonical_map()
+    addresses = Addresses(released.memory.specification, canonical.grown(expected["vocab_size"]))
+    second = Addressing(
+        addresses.specification.to_dict(), canonical.ids_V.tolist(), expected["vocab_size"]
+    )
+    overflows = 0
+    for case in expected["cases"]:
+        ids, T = torch.tensor([case["token_ids"]]), len(case["token_ids"])
+        history = torch.tensor([case["history"]], dtype=torch.int64)
+        places = [set(case[name]) for name in ("masked_positions", "document_starts")]
+        masked, starts = (torch.tensor([[t in place for t in range(T)]]) for place in places)
+        classes = addresses.canonical.ids_V[ids[0]].tolist()
+        assert classes == case["canonical_ids"]
+        multipliers = sum(addresses.specification.multipliers.values(), ())
+        overflows += sum(max(classes) * multiplier >= 2**63 for multiplier in multipliers)
+        read = second.rows(
+            case["token_ids"], case["history"], masked=places[0], document_starts=places[1]
+        )
+        assert {str(layer): rows for layer, rows in read.items()} == case["rows"]
+        for kind in (addresses, CompiledAddresses(addresses.specification, addresses.canonical)):
+            rows = kind.rows(ids, history, masked=masked, document_starts=starts)
+            for layer, rows_TH in zip(addresses.layers, rows[:, 0].tolist(), strict=True):
+                assert rows_TH == case["rows"][str(layer)]
+    assert overflows  # else the rule that mixes are taken modulo 2^63 is not tried
 
 
 @pytest.mark.parametrize("family", ["deepseek_v41", "qwen4_exp"])

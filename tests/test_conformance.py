@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engram_lm.cli import main as engram
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
@@ -120,6 +121,21 @@ def test_both_names_of_the_pad_key_are_read(copy):
     directory = copy("deepseek_v41")
     edit(directory, lambda text: text.update(engram_pad_id=text.pop("engram_pad_token_id")))
     assert Released(directory).memory == Released(KIT / "deepseek_v41").memory
+
+
+def test_a_released_model_reads_ids_beyond_its_tokenizer(copy, capsys):
+    expected = json.loads((KIT / "beyond_the_tokenizer.json").read_text())
+    directory, case = copy(expected["checkpoint"]), expected["cases"][0]
+    edit(directory, lambda text: text.update(vocab_size=expected["vocab_size"]))
+    released = Released(directory)
+    pending = memory_of(released).start(torch.tensor([case["token_ids"]]))
+    for rows_TH, rows in zip(pending.rows_LBTH[:, 0].tolist(), case["rows"].values(), strict=True):
+        assert rows_TH == rows
+    ids = ",".join(map(str, case["token_ids"]))
+    assert engram(["rows", "--spec", str(directory), "--ids", ids, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {k: each["table_rows"] for k, each in printed["layers"].items()} == case["rows"]
+    assert printed["canonical_ids"] == case["canonical_ids"]
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,9 @@ class Sequence:
             blocked = blocked or token is None
             value = self.canonical[specification.pad_id if blocked else token]
             product = value * specification.multipliers[layer][back]
-            assert product < 2**63  # the bound that makes int64 enough
-            mix ^= product
+            if value < specification.vocabulary.canonical_ids:
+                assert product < 2**63  # the bound that makes int64 enough
+            mix ^= product % 2**63
             if order >= 2:
                 for prime in specification.primes[layer][order - 2]:
                     rows.append(mix % prime + offset)
@@ -117,10 +118,11 @@ def cases(draw):
         multiplier_rule=draw(st.sampled_from(["pcg64", "splitmix64"])),
         boundary_rule=draw(st.sampled_from(["cross", "document", "eos"])),
     )
-    addresses = Addresses(specification, CanonicalMap(torch.tensor(canonical)))
+    size = token_ids + draw(st.sampled_from([0, 1, 40, 5000]))  # a padded or grown vocabulary
+    addresses = Addresses(specification, CanonicalMap(torch.tensor(canonical)).grown(size))
     B, T = draw(st.integers(1, 3)), draw(st.sampled_from([0, 1, 2, 3, 5, 8, 13]))
     H = draw(st.integers(0, 6))
-    ids = st.integers(0, token_ids - 1)
+    ids = st.one_of(st.integers(0, token_ids - 1), st.integers(0, size - 1))
 
     def matrix(elements, width):
         return [[draw(elements) for _ in range(width)] for _ in range(B)]

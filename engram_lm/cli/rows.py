@@ -49,13 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.text is None) == (arguments.ids is None):
         raise ConfigError("give either --text or --ids")
-    specification = _specification(arguments.spec)
+    specification, token_ids = _specification(arguments.spec)
     tokenizer = arguments.tokenizer
     if tokenizer is None and (Path(arguments.spec) / "tokenizer.json").is_file():
         tokenizer = Path(arguments.spec)
     backend = None if tokenizer is None else backend_of(tokenizer)
     if backend is not None:
-        addresses = Addresses(specification, specification.canonical_map(backend))
+        canonical_map = specification.canonical_map(backend)
+        addresses = Addresses(specification, canonical_map.grown(token_ids))
     elif specification.canonical_rule == "raw" and specification.vocabulary is not None:
         identity = CanonicalMap.identity(specification.vocabulary.token_ids)
         addresses = Addresses(specification, identity)
@@ -109,7 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(grid)
 
 
-def _specification(name: str) -> Any:
+def _specification(name: str) -> tuple[Any, int]:
+    """And how many token ids a model has, where it is known; else 0."""
     from engram_lm import config
     from engram_lm.memory.specification import Specification
     from engram_lm.store.released import Released
@@ -121,15 +123,16 @@ def _specification(name: str) -> Any:
         "qwen4-exp": config.qwen4_exp,
     }
     if name.replace("_", "-") in presets:
-        return presets[name.replace("_", "-")]().specification
+        return presets[name.replace("_", "-")]().specification, 0
     if Path(name).is_dir():
-        return Released(name).memory.specification
+        released = Released(name)
+        return released.memory.specification, released.token_ids
     if not Path(name).is_file():
         raise ConfigError(
             f"spec={name!r}: accepted are {', '.join(presets)}, a FILE.json, or the directory of a "
             "released checkpoint"
         )
-    return Specification.load(name)
+    return Specification.load(name), 0
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -2,7 +2,8 @@
 
 A pure function of the tokenizer (section 2.2 of arXiv 2601.07372). Each token is decoded on its own
 by the raw backend, without any clean-up, and normalised; ids are handed out in the order in which
-the keys are first seen.
+the keys are first seen. A model may have more token ids than its tokenizer had, because its
+embedding is padded or tokens were added later: each of those is a class of its own.
 """
 
 import hashlib
@@ -18,9 +19,12 @@ from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor
 
 from engram_lm import whole
-from engram_lm.errors import DataError
+from engram_lm.errors import ConfigError, DataError, EngramError, whole_number
 
 FILE_NAME = "canonical_map.safetensors"
+LIMIT = 2**30
+"""Canonical ids lie below it: from there on numpy draws multipliers 32 bits at a time."""
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 # A private-use character that keeps a lone space alive while Strip removes every other edge.
 _SPACE = "\ue000"
@@ -39,14 +43,51 @@ _NORMALIZER = normalizers.Sequence(
 
 
 class CanonicalMap:
-    """The map of one tokenizer: `ids_V` (int32, CPU) holds the canonical id of every token id."""
+    """The map of one tokenizer: `ids_V` (int32, CPU) holds the canonical id of every token id.
+
+    ConfigError for what is no tensor of integers, DataError for ids that are no canonical ids.
+    """
 
     def __init__(self, ids_V: Tensor) -> None:
-        self.ids_V = ids_V.to(device="cpu", dtype=torch.int32).contiguous()
-        if self.ids_V.ndim != 1 or not len(self.ids_V):
+        if not isinstance(ids_V, Tensor) or ids_V.dtype not in INTEGERS:
+            what = ids_V.dtype if isinstance(ids_V, Tensor) else f"a {type(ids_V).__name__}"
+            raise ConfigError(f"canonical map: a tensor of integers is needed, this is {what}")
+        if ids_V.ndim != 1 or not len(ids_V):
             raise DataError(
                 f"canonical map of shape {tuple(ids_V.shape)}: one id for each token id is needed"
             )
+        wrong_V = (ids_V < 0) | (ids_V.long() >= LIMIT)  # before int32 wraps them round
+        if bool(wrong_V.any()):
+            token = int(wrong_V.nonzero()[0])
+            raise DataError(
+                f"canonical map: token id {token} has canonical id {int(ids_V[token])}; they run "
+                "from 0 to 2^30 - 1"
+            )
+        self.ids_V = ids_V.to(device="cpu", dtype=torch.int32).contiguous()
+        self._own: CanonicalMap | None = None
+
+    @property
+    def own(self) -> "CanonicalMap":
+        """The tokenizer's part of a map that `grown` made; itself for any other."""
+        return self if self._own is None else self._own
+
+    def first(self, token_ids: int) -> "CanonicalMap":
+        """The map of the first token ids alone; itself where it has no more."""
+        return self if token_ids >= self.token_ids else CanonicalMap(self.ids_V[:token_ids])
+
+    def grown(self, token_ids: int) -> "CanonicalMap":
+        """This tokenizer's map for a model that has so many token ids, or more than it has.
+
+        Id i beyond the V of the tokenizer is a class of its own, V' + i - V (docs/addressing.md).
+        """
+        token_ids = whole_number("token_ids", token_ids, least=0)
+        own, more = self.own, token_ids - self.own.token_ids
+        if more <= 0:
+            return own
+        ids_V = torch.cat([own.ids_V.long(), own.canonical_ids + torch.arange(more)])
+        grown = CanonicalMap(ids_V)
+        grown._own = own
+        return grown
 
     @property
     def token_ids(self) -> int:
@@ -88,13 +129,13 @@ class CanonicalMap:
     @classmethod
     def identity(cls, token_ids: int) -> "CanonicalMap":
         """The map of a memory that is addressed by raw token ids (Qwen4-Exp)."""
-        return cls(torch.arange(token_ids, dtype=torch.int32))
+        return cls(torch.arange(whole_number("token_ids", token_ids, least=1)))
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `canonical_map.safetensors`, checksum in the metadata."""
-        path = Path(directory) / FILE_NAME
+        """Writes `canonical_map.safetensors`: the tokenizer's part, checksum in the metadata."""
+        path, own = Path(directory) / FILE_NAME, self.own
         with whole.aside(path) as partial:
-            save_file({"canonical_ids": self.ids_V}, partial, metadata={"sha256": self.sha256})
+            save_file({"canonical_ids": own.ids_V}, partial, metadata={"sha256": own.sha256})
         return path
 
     @classmethod
@@ -104,8 +145,10 @@ class CanonicalMap:
             with safe_open(path, "pt") as file:
                 recorded = (file.metadata() or {}).get("sha256")
                 canonical = cls(file.get_tensor("canonical_ids"))
-        except (OSError, SafetensorError) as error:
+        except (OSError, TypeError, SafetensorError) as error:
             raise DataError(f"{path}: no canonical map can be read ({error})") from error
+        except EngramError as error:
+            raise DataError(f"{path}: {error}") from error
         if canonical.sha256 != recorded:
             raise DataError(
                 f"{path}: holds a map of sha256 {canonical.sha256}, its metadata says {recorded}"

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from engram_lm.errors import ConfigError, instance, shown
 from engram_lm.memory.ngrams import Addresses
-from engram_lm.memory.rows import Request, RowStore
+from engram_lm.memory.rows import Request, RowStore, check_store
 from engram_lm.memory.window import Window
 
 
@@ -21,7 +22,15 @@ class Memory:
     """
 
     def __init__(self, addresses: Addresses, stores: Mapping[int, RowStore]) -> None:
-        assert set(stores) == set(addresses.layers)
+        instance("addresses", addresses, Addresses)
+        instance("stores", stores, Mapping)
+        if set(stores) != set(addresses.layers):
+            raise ConfigError(
+                f"stores for layers {shown(list(stores))}: one for each of {addresses.layers} is "
+                "needed"
+            )
+        for layer, store in stores.items():
+            check_store(f"stores[{layer}]", store)
         self.addresses = addresses
         self.stores = stores
 

@@ -1,8 +1,9 @@
 """Token ids -> row numbers: integers only, exact, and without state.
 
 Shapes: L layers, B sequences, T tokens, W positions of the window, K heads per order, H heads per
-layer. mix(order n) = XOR over s < n of canonical(t - s) * multiplier[s]; head h of order n reads
-row mix mod prime(n, h) of its own part of the layer's table. Section 2.2 of arXiv 2601.07372.
+layer. mix(order n) = XOR over s < n of canonical(t - s) * multiplier[s], modulo 2^63; head h of
+order n reads row mix mod prime(n, h) of its own part of the layer's table. Section 2.2 of arXiv
+2601.07372; only ids beyond the tokenizer's reach 2^63.
 
 This is the readable twin that also runs on a GPU; everything faster must equal it.
 """
@@ -12,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import instance
 from engram_lm.memory.canonical import CanonicalMap
-from engram_lm.memory.specification import Specification
+from engram_lm.memory.specification import INT64_MAX, Specification
 from engram_lm.memory.window import EMPTY, Window, open_window
 
 
@@ -30,17 +31,22 @@ class Addresses:
 
     Plain object, no module: there is nothing in it to train, move or load. Constants are copied to
     each device once, when ids on that device are first seen.
+    canonical: the tokenizer's map. Where it has more ids than the specification's vocabulary, or
+    is `grown` to those of a model, each further id is a class of its own; rows of the others stay.
     """
 
     def __init__(self, specification: Specification, canonical: CanonicalMap) -> None:
+        instance("specification", specification, Specification)
+        instance("canonical", canonical, CanonicalMap)
         self.specification = specification.bind(canonical)
-        self.canonical = canonical
-        if self.specification.pad_id >= canonical.token_ids:
-            raise ConfigError(
-                f"pad_id={specification.pad_id}: the tokenizer has ids 0 to "
-                f"{canonical.token_ids - 1}"
-            )
+        vocabulary = self.specification.vocabulary
+        assert vocabulary is not None
+        self.canonical = canonical.own.first(vocabulary.token_ids).grown(canonical.token_ids)
         self._by_device: dict[torch.device, _Constants] = {}
+
+    def grown(self, token_ids: int) -> "Addresses":
+        """These addresses for a model that has so many token ids (see CanonicalMap.grown)."""
+        return type(self)(self.specification, self.canonical.grown(token_ids))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -120,7 +126,9 @@ class Addresses:
                 blocked_BT, pad, canonical_BW[:, first - back : first - back + T]
             )
             mix_LBT = mix_LBT ^ (value_BT * constants.multipliers_NL[back][:, None, None])
-            rows.append(mix_LBT[..., None] % constants.primes_NLK[back - 1][:, None, None])
+            # Products wrap round in int64: what is below 2^63 of them is the same modulo 2^63.
+            low_LBT = mix_LBT & INT64_MAX
+            rows.append(low_LBT[..., None] % constants.primes_NLK[back - 1][:, None, None])
         rows_LBTH = torch.cat(rows, dim=-1) + constants.offsets_LH[:, None, None]
         if window.order_BW is None:
             return rows_LBTH

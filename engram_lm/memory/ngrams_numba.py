@@ -48,6 +48,8 @@ SPARE_VALUES = 2**17
 """Of 8 bytes: less than a megabyte comes from memory that the allocator has at hand anyway."""
 
 _HALF, _LOW = np.uint64(32), np.uint64(2**32 - 1)
+_MODULO = np.uint64(INT64_MAX)
+"""A mix is taken modulo 2^63: its high half is then below 2^31 (see _remainder)."""
 
 
 class CompiledAddresses(Addresses):
@@ -62,8 +64,6 @@ class CompiledAddresses(Addresses):
         constants = self._constants(torch.device("cpu"))
         primes_LH = constants.primes_NLK.transpose(0, 1).flatten(1)
         reciprocals_LH = [[2**64 // prime for prime in primes] for primes in primes_LH.tolist()]
-        # So a mix is never negative, and its high half is below 2^31 (see _divide).
-        assert int(constants.canonical_V.max()) * int(constants.multipliers_NL.max()) <= INT64_MAX
         # Half the bytes: with 100,000 ids the map then fits the processor's second cache.
         self._canonical_V = constants.canonical_V.numpy().astype(np.uint32)
         self._multipliers_LN = _unsigned(constants.multipliers_NL.T)
@@ -210,7 +210,7 @@ def _write_rows(inputs: tuple[Any, ...], first: int, last: int, rows_LM: Int64s)
                 for p in range(positions):
                     mix_P[p] ^= values_NP[back, p] * multipliers_LN[layer, back]
                 for p in range(positions):
-                    mix_PNK[p, back - 1, :] = mix_P[p]
+                    mix_PNK[p, back - 1, :] = mix_P[p] & _MODULO
             rows_J = rows_LM[layer, begin * H : (begin + positions) * H]
             for j in range(rows_J.size):
                 remainder = _remainder(mix_J[j], primes_LJ[layer, j], reciprocals_LJ[layer, j])

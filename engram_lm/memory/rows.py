@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from engram_lm.errors import AddressError, ConfigError, DataError
+from engram_lm.errors import AddressError, ConfigError, DataError, instance, shown, whole_number
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 """torch knows it by name and does nothing with it: the bytes are ours."""
@@ -49,7 +49,11 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
-            raise ConfigError(f"dtype={self.dtype}: a row is {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype={shown(self.dtype)}: a row is {', '.join(DTYPES)}")
+        object.__setattr__(self, "dim", whole_number("dim", self.dim))
+        if self.scale_group is not None:
+            group = whole_number("scale_group", self.scale_group)
+            object.__setattr__(self, "scale_group", group)
         if self.dim < 1:
             raise ConfigError(f"dim={self.dim}: a row holds at least 1 value")
         if self.dtype == INT4 and self.dim % 2:
@@ -66,9 +70,10 @@ class RowFormat:
     def named(cls, name: str, dim: int) -> "RowFormat":
         """The format of this name in DTYPES, where scaled with a scale per 32 values, or per the
         largest power of two below that divides `dim`. ConfigError on other names."""
+        instance("dtype", name, str)
         if name not in DTYPES:
             raise ConfigError(f"dtype={name!r}: accepted are {', '.join(DTYPES)}")
-        scaled = DTYPES[name].itemsize == 1
+        dim, scaled = whole_number("dim", dim), DTYPES[name].itemsize == 1
         return cls(dtype=DTYPES[name], dim=dim, scale_group=math.gcd(dim, 32) if scaled else None)
 
     @property
@@ -279,6 +284,12 @@ def ascending(rows_M: Tensor) -> bool:
     """Whether each is above the one before: nothing to sort or merge. On a CPU."""
     rows = rows_M.numpy()
     return bool((rows[1:] > rows[:-1]).all())
+
+
+def check_store(name: str, store: Any) -> None:
+    """ConfigError for what answers no requests for rows. A RowStore need not inherit from it."""
+    if not all(callable(getattr(store, method, None)) for method in ("gather", "prefetch")):
+        raise ConfigError(f"{name}={shown(store)}: a RowStore is needed")
 
 
 def check_rows(rows_M: Tensor, rows: int) -> None:

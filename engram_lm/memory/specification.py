@@ -20,7 +20,14 @@ import numpy as np
 from sympy import nextprime
 
 from engram_lm import whole
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import (
+    ConfigError,
+    MismatchError,
+    instance,
+    shown,
+    whole_number,
+    whole_numbers,
+)
 from engram_lm.memory.canonical import CanonicalMap, backend_of, vocabulary_size
 
 FORMAT = "engram-specification"
@@ -45,6 +52,12 @@ class Vocabulary:
     sha256: str
     """Of the map as little-endian int32."""
 
+    def __post_init__(self) -> None:
+        for name in ("token_ids", "canonical_ids"):
+            value = whole_number(f"vocabulary.{name}", getattr(self, name), least=1)
+            object.__setattr__(self, name, value)
+        instance("vocabulary.sha256", self.sha256, str)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Specification:
@@ -68,7 +81,8 @@ class Specification:
     """Per order."""
     seed: int = 0
     pad_id: int
-    """The token id whose canonical id stands before the start of a text."""
+    """The token id whose canonical id stands before the start of a text: the tokenizer's
+    pad_token_id, or its eos_token_id where it has no pad token."""
     rows_multiple: int = 1
     """A table's rows are rounded up to a multiple of it; no n-gram reads the rows added."""
     canonical_rule: str = "folded"
@@ -78,6 +92,16 @@ class Specification:
     vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
+        if self.pad_id is None:
+            raise ConfigError(
+                "pad_id=None: a token id is needed, the tokenizer's pad_token_id or, where it has "
+                "none, its eos_token_id"
+            )
+        for field in ("layers", "rows_per_head"):
+            object.__setattr__(self, field, whole_numbers(field, getattr(self, field)))
+        for field in ("heads", "seed", "pad_id", "rows_multiple"):
+            object.__setattr__(self, field, whole_number(field, getattr(self, field)))
+        instance("vocabulary", self.vocabulary, Vocabulary, type(None))
         if not self.layers or any(layer < 0 for layer in self.layers):
             raise ConfigError(
                 f"layers={self.layers}: at least one zero-based layer number is needed"
@@ -102,7 +126,7 @@ class Specification:
         ):
             if getattr(self, field) not in accepted:
                 raise ConfigError(
-                    f"{field}={getattr(self, field)!r}: accepted are {', '.join(accepted)}"
+                    f"{field}={shown(getattr(self, field))}: accepted are {', '.join(accepted)}"
                 )
         if self.vocabulary is not None and not 0 < self.vocabulary.canonical_ids < 2**30:
             # From there on numpy draws multipliers 32 bits at a time: another stream.
@@ -181,29 +205,29 @@ class Specification:
         """The map that these rules make of a tokenizer (see CanonicalMap.from_tokenizer).
 
         Under the rule `raw` every id is its own canonical id, up to the vocabulary's size where it
-        is known: a model may have more ids than its tokenizer. MismatchError if it has fewer.
+        is known and larger: a model may have more ids than its tokenizer.
         """
         if self.canonical_rule == "folded":
             return CanonicalMap.from_tokenizer(tokenizer)
-        ids = vocabulary_size(backend_of(tokenizer))
-        known = ids if self.vocabulary is None else self.vocabulary.token_ids
-        if ids > known:
-            raise MismatchError(
-                f"the tokenizer has {ids} ids, the specification's vocabulary {known}"
-            )
-        return CanonicalMap.identity(known)
+        known = 0 if self.vocabulary is None else self.vocabulary.token_ids
+        return CanonicalMap.identity(max(known, vocabulary_size(backend_of(tokenizer))))
 
     def bind(self, canonical: CanonicalMap) -> "Specification":
-        """This specification for that vocabulary. MismatchError if it already has another one."""
+        """This specification for that vocabulary. MismatchError if it already has another one.
+
+        A map that goes on behind the vocabulary it has, because the tokenizer has grown, is no
+        other one.
+        """
         if self.canonical_rule == "raw" and canonical.canonical_ids < canonical.token_ids:
             raise MismatchError(
                 f"canonical_rule='raw': a map that folds {canonical.token_ids} ids into "
                 f"{canonical.canonical_ids} is not the identity"
             )
+        own = canonical.own
+        if self.vocabulary is not None:
+            own = own.first(self.vocabulary.token_ids)
         vocabulary = Vocabulary(
-            token_ids=canonical.token_ids,
-            canonical_ids=canonical.canonical_ids,
-            sha256=canonical.sha256,
+            token_ids=own.token_ids, canonical_ids=own.canonical_ids, sha256=own.sha256
         )
         if self.vocabulary is not None and self.vocabulary != vocabulary:
             raise MismatchError(
@@ -286,6 +310,7 @@ class Specification:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Specification":
         """Reads what `save` wrote. ConfigError names the file."""
+        instance("path", path, str, os.PathLike)
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engram_lm.errors import ConfigError, instance, shown, whole_number
 from engram_lm.memory.rows import Request, RowFormat, RowStore, select
 
 
@@ -119,6 +120,12 @@ class Table(nn.Module, RowStore):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        rows, dim = whole_number("rows", rows, least=0), whole_number("dim", dim, least=1)
+        instance("dtype", dtype, torch.dtype, type(None))
+        try:
+            device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"device={shown(device)}: a device of torch is needed") from error
         device = "meta" if _UNALLOCATED.get() else device
         self.rows = rows
         self.weight = nn.Parameter(torch.empty(rows, dim, dtype=dtype, device=device))

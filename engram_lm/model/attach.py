@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError, EngramError
+from engram_lm.errors import ConfigError, EngramError, instance, shown
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.table import Table
 from engram_lm.model.attached import (
@@ -62,6 +62,7 @@ def _attached(
     model: Any, tokenizer: Any, memory: MemoryConfig | None, table_dtype: str | None
 ) -> Any:
     _check(model, table_dtype)
+    instance("memory", memory, MemoryConfig, type(None))
     canonical = None if memory is None else canonical_of(memory, tokenizer)
     decoder: Any = model.base_model
     layers = decoder_layers(decoder)
@@ -135,9 +136,9 @@ def _check(model: Any, table_dtype: str | None) -> None:
         raise ConfigError(f"{name}: no layer has attention, whose cache would carry the memory")
     if model.config.is_encoder_decoder or getattr(model.config, "num_kv_shared_layers", False):
         raise ConfigError(f"{name}: a decoder is needed whose every layer has a cache of its own")
-    if table_dtype not in TABLE_DTYPES:
+    if table_dtype not in tuple(TABLE_DTYPES):
         accepted = ", ".join(map(repr, TABLE_DTYPES))
-        raise ConfigError(f"table_dtype={table_dtype!r}: accepted are {accepted}")
+        raise ConfigError(f"table_dtype={shown(table_dtype)}: accepted are {accepted}")
 
 
 def _exchange(model: Any, config: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, shown
 from engram_lm.model.config import REMOTE_CODE, TABLE_DTYPES, from_dict, memory_config
 
 PREFIX = "Engram"
@@ -75,9 +75,9 @@ class _WithMemory:
     def check(self) -> None:
         """ConfigError where memory and family do not fit."""
         layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
-        if self.table_dtype not in TABLE_DTYPES:
+        if self.table_dtype not in tuple(TABLE_DTYPES):
             accepted = ", ".join(map(repr, TABLE_DTYPES))
-            raise ConfigError(f"table_dtype={self.table_dtype!r}: accepted are {accepted}")
+            raise ConfigError(f"table_dtype={shown(self.table_dtype)}: accepted are {accepted}")
         memory = self.memory_config
         if memory is not None and memory.specification.layers[-1] >= layers:
             raise ConfigError(

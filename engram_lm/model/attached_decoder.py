@@ -117,6 +117,10 @@ class AttachedDecoder(MemoryDecoder):
             self.config.refused_modes = probe(family, config, decoder_layers(self))
         return self.config.refused_modes or {}
 
+    def memories(self) -> dict[str, Any]:
+        """Packs too."""
+        return super().memories() | {f"the pack {name!r}": p for name, p in self.packs.items()}
+
     @merge_with_config_defaults
     def forward(
         self,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from engram_lm.config import MemoryConfig
+from engram_lm.errors import instance, whole_number
 from engram_lm.model.config import EngramLMConfig
 
 MUON, ADAM = 4, 8
@@ -103,6 +104,8 @@ class Ledger:
 
 def ledger(config: EngramLMConfig, context: int = 256) -> Ledger:
     """The ledger of a configuration; `context` tokens attended to set the FLOPs of attention."""
+    instance("config", config, EngramLMConfig)
+    context = whole_number("context", context, least=1)
     D, layers = config.hidden_size, config.num_hidden_layers
     sparse_layers = (config.mlp_layer_types or []).count("sparse")
     expert = 3 * D * config.moe_intermediate_size

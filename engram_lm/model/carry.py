@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engram_lm.errors import DataError
+from engram_lm.errors import ConfigError, DataError, instance, shown
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.model.documents import document_starts
 
@@ -63,7 +63,12 @@ def carry(old: Addresses, new: Addresses, reads: Iterable[Read]) -> dict[int, Mo
     `new` has every layer, order and head that `old` has.
     """
     stacks: dict[int, list[_Pairs]] = {layer: [] for layer in old.layers}
-    for ids_BT, positions_BT in reads:
+    instance("reads", reads, Iterable)
+    for read in reads:
+        instance("a read", read, tuple, list)
+        if len(read) != 2 or not isinstance(read[0], Tensor):
+            raise ConfigError(f"a read={shown(read)}: (token ids, position ids or None) is needed")
+        ids_BT, positions_BT = read
         if not ids_BT.numel():
             continue
         starts_BT = None

@@ -4,16 +4,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DeepseekV3Config
 
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, shown
 
 TABLE_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 """What EngramLMConfig.table_dtype may be."""
@@ -126,15 +127,29 @@ class EngramLMConfig(DeepseekV3Config):
             )
         if self.streams < 1:
             raise ConfigError(f"streams={self.streams}: 1 (plain residual) or more")
-        if self.table_dtype not in TABLE_DTYPES:
+        if self.table_dtype not in tuple(TABLE_DTYPES):
             accepted = ", ".join(map(repr, TABLE_DTYPES))
-            raise ConfigError(f"table_dtype={self.table_dtype!r}: accepted are {accepted}")
+            raise ConfigError(f"table_dtype={shown(self.table_dtype)}: accepted are {accepted}")
         memory = self.memory_config
         if memory is not None and memory.specification.layers[-1] >= self.num_hidden_layers:
             raise ConfigError(
                 f"memory layers {memory.specification.layers}: the model has layers 0 to "
                 f"{self.num_hidden_layers - 1} (zero-based)"
             )
+
+
+def _in_one_line(init: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init)
+    def checked(self: EngramLMConfig, *args: Any, **fields: Any) -> None:
+        try:
+            init(self, *args, **fields)
+        except StrictDataclassError as error:
+            raise ConfigError(f"model: {' '.join(str(error).split())}") from error
+
+    return checked
+
+
+EngramLMConfig.__init__ = _in_one_line(EngramLMConfig.__init__)  # type: ignore[method-assign]
 
 
 def from_dict(

@@ -247,7 +247,13 @@ def _tokenizer(directory: Path, config: Any, problems: list[str]) -> str:
         before = len(problems)
         with _noting(problems, path.name):
             specification = config.memory_config.specification
-            specification.bind(specification.canonical_map(path))
+            canonical = specification.canonical_map(path)
+            specification.bind(canonical)
         if len(problems) > before:
             return "another's"
+        if canonical.token_ids > config.vocab_size:
+            problems.append(
+                f"mismatch: {path.name} has {canonical.token_ids} ids, vocab_size is "
+                f"{config.vocab_size}"
+            )
     return "beside it"

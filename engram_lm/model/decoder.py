@@ -60,6 +60,10 @@ class MemoryDecoder(MemoryPreTrained):
         convs = [module for module in self.modules() if isinstance(module, ShortConv)]
         self.keep = max([memory.specification.lookback, *(conv.reach for conv in convs)])
 
+    def memories(self) -> dict[str, Any]:
+        """All that has addresses here, by what errors call it."""
+        return {} if self.addresses is None else {"the memory": self}
+
     @contextmanager
     def without_memory(self) -> Iterator[None]:
         """Inside, no row is read and nothing is added: the backbone alone, weights untouched."""

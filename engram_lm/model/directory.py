@@ -5,12 +5,14 @@ engines, canonical_map.safetensors is the tokenizer's map, README.md the card; c
 whether the files are those that were saved.
 """
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
@@ -42,6 +44,14 @@ def begin(model: Any, directory: Path) -> None:
         raise ConfigError(
             "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t)) before saving"
         )
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        rows, known = len(embedding.weight), embedding.num_embeddings
+        if rows not in (0, known):  # 0: DeepSpeed holds it elsewhere
+            raise ConfigError(
+                f"the embedding has {rows} rows, and this model knows of {known}: it was resized "
+                f"through a model that shares it; call resize_token_embeddings({rows}) here too"
+            )
     # From here on the old ones would be wrong.
     (directory / checksums.FILE_NAME).unlink(missing_ok=True)
 
@@ -101,7 +111,15 @@ def canonical_map(path: Any, tokenizer: Any, options: dict[str, Any]) -> Canonic
     specification = specification.bind(canonical)
     for given in (_beside(path, "tokenizer.json", hub), tokenizer):
         if given is not None:
-            specification.bind(specification.canonical_map(given))
+            map_of_it = specification.canonical_map(given)
+            specification.bind(map_of_it)
+            if map_of_it.token_ids > config.vocab_size:  # its model was saved before it was resized
+                warnings.warn(
+                    f"{path}: the tokenizer has {map_of_it.token_ids} ids, vocab_size is "
+                    f"{config.vocab_size}; resize_token_embeddings({map_of_it.token_ids}) gives "
+                    "the model more",
+                    stacklevel=3,
+                )
     return canonical
 
 

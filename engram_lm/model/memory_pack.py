@@ -6,6 +6,7 @@ specification and checksums.
 
 import json
 import os
+import warnings
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from engram_lm import whole
 from engram_lm.auto import PACK
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
@@ -29,13 +30,16 @@ from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import checksums, serve
 from engram_lm.model.checksums import SPECIFICATION
+from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.seal import Seal
 from engram_lm.store.weights import SINGLE
 
 TABLES = "tables."
 """What names of table weights begin with."""
-_BACKBONE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+_SHARED = ("model_type", "hidden_size", "num_hidden_layers")
 """What a pack's backbone must have in common with the one that it was trained on."""
+_BACKBONE = (*_SHARED, "vocab_size")
+"""What is recorded of it. Its vocabulary may have grown since, or not have grown yet."""
 
 
 class MemoryPack(nn.Module):
@@ -81,7 +85,7 @@ class MemoryPack(nn.Module):
         path = Path(directory)
         budget = serve.budget_of(memory, memory_budget, tables)
         record = record_of(path)
-        for name in _BACKBONE:
+        for name in _SHARED:
             if record["backbone"][name] != getattr(config, name):
                 raise MismatchError(
                     f"{path}: of a backbone with {name}={record['backbone'][name]!r}, this one has "
@@ -91,7 +95,9 @@ class MemoryPack(nn.Module):
         if damaged:
             raise DataError(f"{path}: {damaged[0]}")
         kind = MemoryConfig.from_dict(record["memory"])
-        pack = cls(kind, config.hidden_size, CanonicalMap.load(path / CANONICAL_MAP))
+        canonical = CanonicalMap.load(path / CANONICAL_MAP)
+        _check_vocabulary(path, record["backbone"]["vocab_size"], config.vocab_size, canonical)
+        pack = cls(kind, config.hidden_size, canonical.grown(config.vocab_size))
         with safe_open(path / SINGLE, "pt") as file:  # tables on disk are not read here
             weights = {
                 key: file.get_tensor(key)
@@ -130,10 +136,28 @@ class MemoryPack(nn.Module):
         return holder["engram"]
 
 
+def _check_vocabulary(path: Path, recorded: int, size: int, canonical: CanonicalMap) -> None:
+    """MismatchError for a model with fewer token ids than the pack's; a line for another number."""
+    if size < canonical.token_ids:
+        raise MismatchError(
+            f"{path}: addressed by {canonical.token_ids} token ids, this model has vocab_size="
+            f"{size}"
+        )
+    if size != recorded:
+        warnings.warn(
+            f"{path}: of a backbone with vocab_size={recorded}, this one has {size}: taken for the "
+            "same with tokens added at the end",
+            stacklevel=3,
+        )
+
+
 def save_pack(model: Any, directory: str | os.PathLike[str]) -> None:
     """Writes the memory of an attached model, without its backbone. ConfigError where there is none
     or its rows are in files; what stood in the directory before is replaced at the end."""
-    decoder = model.base_model
+    if not isinstance(model, MemoryPreTrained):
+        raise ConfigError(f"{type(model).__name__}: no memory to save; attach one")
+    instance("directory", directory, str, os.PathLike)
+    decoder: Any = model.base_model
     memory = model.config.memory_config
     if memory is None or decoder.addresses is None:
         raise ConfigError(f"{type(model).__name__}: no memory to save; attach one")

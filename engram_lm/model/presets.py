@@ -4,10 +4,8 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from engram_lm.config import MemoryConfig, paper
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, instance
 from engram_lm.memory.specification import Specification
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.twin import twin
@@ -97,6 +95,7 @@ PRESETS = {
 
 def preset(name: str) -> EngramLMConfig:
     """By its function's name, with - or _ alike. ConfigError with the accepted names."""
+    instance("preset", name, str)
     dashed = name.replace("_", "-")
     if dashed not in PRESETS:
         raise ConfigError(f"preset={name!r}: accepted are {', '.join(PRESETS)}")
@@ -108,12 +107,7 @@ def configure(config: EngramLMConfig, changes: dict[str, Any]) -> EngramLMConfig
 
     ConfigError on unknown fields and unfit values.
     """
-    record = changed(config.to_dict(), changes)
-    try:
-        return EngramLMConfig.from_dict(record)
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model: {reason}") from error
+    return EngramLMConfig.from_dict(changed(config.to_dict(), changes))
 
 
 def changed(record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.ngrams import Addresses
@@ -29,6 +29,7 @@ class MemoryPreTrained(PreTrainedModel):
     """Of a decoder with memory and of what stands around it. Comes before a family's own class."""
 
     def __init__(self, config: Any) -> None:
+        instance("config", config, type(self).config_class)
         super().__init__(config)
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), NEVER_QUANTISED}
         if not serve.makes_tables():
@@ -126,17 +127,51 @@ class MemoryPreTrained(PreTrainedModel):
         weakref.finalize(decoder, served.close)
 
     def set_canonical_map(self, canonical: CanonicalMap) -> None:
-        """Gives a model with memory its tokenizer's map. MismatchError if it has another."""
+        """Gives a model with memory its tokenizer's map. MismatchError if it has another.
+
+        Ids that the model has beyond the map of its memory (a padded embedding, tokens that were
+        added later) are classes of their own, whatever a grown tokenizer makes of them.
+        """
+        instance("canonical", canonical, CanonicalMap)
         memory = self.config.memory_config
         if memory is None:
             raise ConfigError("memory=None: a model without memory has no canonical map")
-        if canonical.token_ids > self.config.vocab_size:
+        ids, size = canonical.own.token_ids, self.config.vocab_size
+        if ids > size:
             raise MismatchError(
-                f"the canonical map has {canonical.token_ids} ids, vocab_size is "
-                f"{self.config.vocab_size}"
+                f"the canonical map has {ids} ids, vocab_size is {size}; "
+                f"resize_token_embeddings({ids}) gives the model more"
             )
-        addresses = Addresses(memory.specification, canonical)
+        addresses = Addresses(memory.specification, canonical.grown(size))
         decoder: Any = self.base_model
         decoder.seal.set(addresses.specification.digest)
         self.config.memory = replace(memory, specification=addresses.specification).to_dict()
         decoder.addresses = addresses
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *arguments: Any,
+        **kwargs: Any,
+    ) -> nn.Embedding:
+        """As everywhere in transformers. New ids are classes of their own to the memory, and rows
+        of the others stay; ConfigError, and nothing has changed, where ids of its map would go.
+        """
+        decoder: Any = self.base_model
+        if new_num_tokens is not None:
+            multiple = pad_to_multiple_of or 1
+            size = -(-new_num_tokens // multiple) * multiple
+            for name, holder in decoder.memories().items():
+                known = holder.addresses.canonical.own.token_ids
+                if size < known:
+                    raise ConfigError(
+                        f"resize_token_embeddings({new_num_tokens}): {name} is addressed by "
+                        f"{known} token ids, and none of them may go"
+                    )
+        embedding = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, *arguments, **kwargs
+        )
+        for holder in decoder.memories().values():
+            holder.addresses = holder.addresses.grown(self.config.vocab_size)
+        return embedding

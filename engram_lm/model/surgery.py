@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, instance
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.specification import Specification
@@ -38,12 +38,22 @@ def give_memory(model: Model, memory: MemoryConfig, tokenizer: Any) -> Model:
     ConfigError if there is a memory already or its layers are not the model's, MismatchError if
     the tokenizer has more ids than the model.
     """
+    _check_model(model)
+    instance("memory", memory, MemoryConfig)
     if model.config.memory is not None:
         raise ConfigError("the model has a memory already: readdress(model, ...) changes it")
     canonical = canonical_of(memory, tokenizer)
     given = _rebuild(model, memory)
     given.set_canonical_map(canonical)
     return given
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, EngramLMPreTrainedModel):
+        raise ConfigError(
+            f"model={type(model).__name__}: an EngramLM model is needed; attach(model, ...) gives "
+            "a memory to others"
+        )
 
 
 def canonical_of(memory: MemoryConfig, tokenizer: Any) -> CanonicalMap:
@@ -77,6 +87,8 @@ def readdress(
     backbone alone speaks until training has filled them.
     ConfigError where something would be lost, MismatchError for another vocabulary.
     """
+    _check_model(model)
+    instance("specification", specification, Specification)
     memory = model.config.memory_config
     if memory is None:
         raise ConfigError("memory=None: give_memory(model, ...) gives a model its first one")

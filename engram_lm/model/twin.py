@@ -9,7 +9,7 @@ import copy
 from dataclasses import replace
 
 from engram_lm.config import MemoryConfig, nano
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, instance, number
 from engram_lm.model.budget import Ledger, ledger
 from engram_lm.model.config import EngramLMConfig
 
@@ -23,7 +23,8 @@ def twin(config: EngramLMConfig, rho: float, memory: MemoryConfig | None = None)
     memory to use but for its rows, which are counted out here; default is the one that config has,
     or nano(). Raises ConfigError where no such model exists.
     """
-    if not 0 <= rho <= 1:
+    instance("memory", memory, MemoryConfig, type(None))
+    if not 0 <= number("rho", rho) <= 1:
         raise ConfigError(f"rho={rho}: a share from 0 (all tables) to 1 (all experts)")
     goal = ledger(config)
     sparse_layers = (config.mlp_layer_types or []).count("sparse")

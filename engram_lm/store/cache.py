@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
-from engram_lm.memory.rows import RowStore, TierCounts, ascending, check_rows
+from engram_lm.errors import ConfigError, whole_number
+from engram_lm.memory.rows import RowStore, TierCounts, ascending, check_rows, check_store
 from engram_lm.memory.table import Merged
 from engram_lm.store.door import Door
 from engram_lm.store.sets import WAYS, Sets
@@ -28,6 +28,8 @@ class Cache(RowStore):
     """Of these: found here. The others were read from the slower store, repeats once a request."""
 
     def __init__(self, slower: RowStore, budget_bytes: int) -> None:
+        check_store("slower", slower)
+        budget_bytes = whole_number("budget_bytes", budget_bytes)
         self.slower, self.format, self.rows = slower, slower.format, slower.rows
         set_bytes = WAYS * (self.format.row_bytes + 2 * np.dtype(np.int64).itemsize)
         if budget_bytes < set_bytes:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance, whole_number
 from engram_lm.memory.rows import RowFormat, RowStore, TierCounts, ascending, check_rows
 from engram_lm.memory.table import Merged
 from engram_lm.store.ahead import Ahead
@@ -53,6 +53,13 @@ class Disk(RowStore):
         *,
         ahead_bytes: int = 64 * 2**20,
     ) -> None:
+        instance("format", format, RowFormat)
+        instance("parts", parts, Sequence)
+        for place, part in enumerate(parts):
+            instance(f"parts[{place}]", part, Sequence)
+            for region in part:
+                instance(f"a region of parts[{place}]", region, Region)
+        ahead_bytes = whole_number("ahead_bytes", ahead_bytes)
         self.format = format
         widths = [{region.row_bytes for region in part} for part in parts]
         if any(len(width) != 1 for width in widths) or sum(map(sum, widths)) != format.row_bytes:

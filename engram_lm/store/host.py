@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_lm.errors import DataError
-from engram_lm.memory.rows import RowFormat, RowStore, select
+from engram_lm.errors import DataError, instance, whole_number
+from engram_lm.memory.rows import RowFormat, RowStore, check_store, select
 from engram_lm.store.door import Door
 from engram_lm.store.resident import copy_rows
 
@@ -31,7 +31,11 @@ class Host(RowStore):
     """
 
     def __init__(self, descriptor: int, format: RowFormat) -> None:
-        size = os.fstat(descriptor).st_size
+        instance("format", format, RowFormat)
+        try:
+            size = os.fstat(whole_number("descriptor", descriptor)).st_size
+        except OSError as error:
+            raise DataError(f"descriptor={descriptor}: {error.strerror}") from error
         self.format, self.rows = format, size // format.row_bytes
         self.address = f"/proc/{os.getpid()}/fd/{descriptor}"
         self._descriptor = descriptor
@@ -50,6 +54,7 @@ class Host(RowStore):
 
         DataError where the kernel refuses so much.
         """
+        check_store("store", store)
         size = store.rows * store.format.row_bytes
         descriptor = os.memfd_create("engram-table", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -70,6 +75,8 @@ class Host(RowStore):
     def attach(cls, address: str, format: RowFormat) -> "Host":
         """The memory that another process shares. DataError where there is none, or not of rows
         of this format."""
+        instance("address", address, str)
+        instance("format", format, RowFormat)
         try:
             descriptor = os.open(address, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:

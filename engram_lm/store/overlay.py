@@ -6,8 +6,8 @@ Shapes: M rows asked for, K changed rows, R bytes per row.
 import torch
 from torch import Tensor
 
-from engram_lm.errors import DataError
-from engram_lm.memory.rows import RowStore, TierCounts, check_rows
+from engram_lm.errors import DataError, instance
+from engram_lm.memory.rows import RowStore, TierCounts, check_rows, check_store
 from engram_lm.store.door import Door
 
 
@@ -19,6 +19,9 @@ class Overlay(RowStore):
     """
 
     def __init__(self, base: RowStore, rows_K: Tensor, bytes_KR: Tensor) -> None:
+        check_store("base", base)
+        instance("rows_K", rows_K, Tensor)
+        instance("bytes_KR", bytes_KR, Tensor)
         self.base, self.format, self.rows = base, base.format, base.rows
         if bytes_KR.dtype != torch.uint8 or bytes_KR.shape != (len(rows_K), self.format.row_bytes):
             raise DataError(

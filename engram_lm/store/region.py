@@ -1,25 +1,32 @@
 """Where rows lie in a file."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engram_lm.errors import DataError
+from engram_lm.errors import DataError, instance, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
     """Rows one behind another in a file. A table on disk is a list of regions, in row order.
 
-    offset: bytes from the beginning of the file to the first row.
+    offset: bytes from the beginning of the file to the first row. Raises ConfigError.
     """
 
     path: Path
     offset: int
     rows: int
     row_bytes: int
+
+    def __post_init__(self) -> None:
+        instance("path", self.path, str, os.PathLike)
+        object.__setattr__(self, "path", Path(self.path))
+        for name in ("offset", "rows", "row_bytes"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=0))
 
     @property
     def end(self) -> int:

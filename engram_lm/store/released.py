@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engram_lm.config import FusionConfig, MemoryConfig, deepseek_v41, qwen4_exp
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.rows import RowFormat, RowStore
@@ -49,6 +49,7 @@ class Released:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        instance("directory", directory, str, os.PathLike)
         self.directory = Path(directory)
         record = _json(self.directory / "config.json")
         text = record.get("text_config", record)
@@ -65,6 +66,8 @@ class Released:
             )
         self.width = int(_key(text, "hidden_size"))
         self._canonical_ids = text.get("engram_compressed_vocab_size")
+        self.token_ids = int(text.get("vocab_size") or 0)
+        """The model's, which may be more than its tokenizer's; 0 where it does not say."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -85,7 +88,7 @@ class Released:
                 f"the tokenizer has {canonical.canonical_ids} canonical ids, "
                 f"engram_compressed_vocab_size is {self._canonical_ids}"
             )
-        return canonical
+        return canonical.grown(self.token_ids)
 
     def fuse(self, layer: int, dtype: torch.dtype = torch.float32) -> Fuse:
         """The fusion of one layer with the released weights; fp8 matrices are dequantised."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engram_lm.errors import DataError
-from engram_lm.memory.rows import RowFormat, RowStore, select
+from engram_lm.errors import DataError, instance
+from engram_lm.memory.rows import RowFormat, RowStore, check_store, select
 from engram_lm.store.door import Door
 
 COPIED_AT_ONCE = 2**24
@@ -33,6 +33,8 @@ class Resident(RowStore):
     """A RowStore over one tensor of row bytes, (V, R) uint8, on any device."""
 
     def __init__(self, bytes_VR: Tensor, format: RowFormat) -> None:
+        instance("bytes_VR", bytes_VR, Tensor)
+        instance("format", format, RowFormat)
         if bytes_VR.dtype != torch.uint8 or bytes_VR.shape[1:] != (format.row_bytes,):
             raise DataError(
                 f"rows of {bytes_VR.dtype} {tuple(bytes_VR.shape)}: uint8 with "
@@ -46,6 +48,7 @@ class Resident(RowStore):
     def of(cls, store: RowStore, progress: Callable[[int], None] | None = None) -> "Resident":
         """All rows of another store, which stays open. progress: called with the bytes copied,
         piece by piece."""
+        check_store("store", store)
         bytes_VR = torch.empty(store.rows, store.format.row_bytes, dtype=torch.uint8)
         copy_rows(store, bytes_VR, progress)
         return cls(bytes_VR, store.format)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, number
 from engram_lm.precision import choose
 from engram_lm.train.optimizers import Optimizers, groups
 
@@ -26,6 +26,7 @@ def param_groups(
     router, norms, biases, convolution), meant for Adam; tables, meant for RowAdam. A table's
     gradient is not in `.grad`: an optimiser that does not read `row_gradient` leaves its rows.
     """
+    _check(model, lr, table_lr_multiplier, weight_decay)
     found = groups(model)
     sorted_by_update = {
         "matrices": (found.matrices, lr, weight_decay),
@@ -38,6 +39,15 @@ def param_groups(
         for name, (params, rate, decay) in sorted_by_update.items()
         if params
     ]
+
+
+def _check(model: nn.Module, lr: float, table_lr_multiplier: float, weight_decay: float) -> None:
+    """ConfigError for what is no model, or no rate."""
+    if not callable(getattr(model, "get_output_embeddings", None)):
+        raise ConfigError(f"model={type(model).__name__}: a model of transformers is needed")
+    rates = {"lr": lr, "table_lr_multiplier": table_lr_multiplier, "weight_decay": weight_decay}
+    for name, rate in rates.items():
+        number(name, rate, least=0)
 
 
 def _muon_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -70,8 +80,9 @@ class JointOptimizer(torch.optim.Optimizer):
         clip: float | None = 1.0,
         precision: str = "auto",
     ) -> None:
-        if clip is not None and not clip > 0:
+        if clip is not None and not number("clip", clip) > 0:
             raise ConfigError(f"clip={clip}: above 0, or None for no limit")
+        _check(model, lr, table_lr_multiplier, weight_decay)
         self.optimizers = Optimizers(
             model,
             lr=lr,

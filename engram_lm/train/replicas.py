@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from torch import nn
 
+from engram_lm.errors import instance
 from engram_lm.train.parallel import leave_tables_out
 from engram_lm.train.sharded_table import shard_tables
 from engram_lm.train.workers import Workers
@@ -14,6 +15,7 @@ def replicate_tables(model: nn.Module) -> None:
     To be called by every worker after the process group exists and before the optimiser is made.
     DDP leaves the tables alone from then on. A worker that is by itself changes nothing.
     """
+    instance("model", model, nn.Module)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     shard_tables(model, *Workers(dist.get_rank(), dist.get_world_size()).grid(1))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, instance, number
 from engram_lm.memory.table import Table
 from engram_lm.train.row_optimizer import SQUARE, Move, RowOptimizer
 
@@ -30,8 +30,9 @@ class RowAdam(RowOptimizer):
         *,
         seed: int = 0,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"betas={betas}: each is at least 0 and below 1")
+        instance("betas", betas, tuple, list)
+        if len(betas) != 2 or not all(0 <= number("betas", beta) < 1 for beta in betas):
+            raise ConfigError(f"betas={betas}: two numbers, each at least 0 and below 1")
         super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps}, seed)
 
     def _moments(self, table: Table) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, instance, number, whole_number
 from engram_lm.memory.table import RowGradient, Table
 from engram_lm.train.rounding import round_to_bf16
 from engram_lm.train.sharded_table import check_shared
@@ -47,7 +47,14 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     """
 
     def __init__(self, tables: Iterable[Table], defaults: dict[str, Any], seed: int) -> None:
-        self.tables, self.seed = list(tables), seed
+        instance("tables", tables, Iterable)
+        self.tables, self.seed = list(tables), whole_number("seed", seed)
+        for table in self.tables:
+            instance("a table", table, Table)
+        if not self.tables:
+            raise ConfigError("tables=[]: at least one is needed")
+        for name in ("lr", "eps"):
+            defaults[name] = number(name, defaults[name])
         check_shared(self.tables)
         self._touched: dict[Table, tuple[Tensor, Tensor]] = {}
         self._update_rms: dict[Table, Tensor] = {}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, number
 from engram_lm.memory.table import Table
 from engram_lm.train.row_optimizer import SQUARE, Move, RowOptimizer
 
@@ -33,7 +33,7 @@ class RowwiseRMSprop(RowOptimizer):
         *,
         seed: int = 0,
     ) -> None:
-        if not 0 <= beta2 < 1:
+        if not 0 <= number("beta2", beta2) < 1:
             raise ConfigError(f"beta2={beta2}: at least 0 and below 1")
         super().__init__(tables, {"lr": lr, "beta2": beta2, "eps": eps}, seed)
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engram_lm.errors import AddressError, ConfigError
+from engram_lm.errors import AddressError, ConfigError, instance, number, whole_number
 from engram_lm.memory.initial_rows import draw_rows
 from engram_lm.memory.rows import Request
 from engram_lm.memory.table import Merged, RowGradient, Table, TrainedRead
@@ -260,6 +260,13 @@ def shard_tables(
     for any number of workers, one too. Every worker calls it. ConfigError where the groups leave
     workers out.
     """
+    instance("model", model, nn.Module)
+    if seed is not None:
+        whole_number("seed", seed)
+    number("std", std, least=0)
+    if dist.is_available():
+        for name, given in (("group", group), ("replicas", replicas)):
+            instance(name, given, dist.ProcessGroup, type(None))
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     shards = copies = None
     if dist.is_available() and dist.is_initialized():

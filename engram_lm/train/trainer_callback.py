@@ -11,7 +11,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, number
 from engram_lm.memory.table import Table
 from engram_lm.train.balance import Balancer
 from engram_lm.train.sharded_table import ShardedTable
@@ -30,7 +30,7 @@ class EngramCallback(TrainerCallback):
     """
 
     def __init__(self, balance_rate: float = 1e-3) -> None:
-        self.balance_rate = balance_rate
+        self.balance_rate = number("balance_rate", balance_rate, least=0)
         self.balancer: Balancer | None = None
 
     def on_train_begin(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engram_lm.errors import ConfigError, WorkerError
+from engram_lm.errors import ConfigError, WorkerError, instance, whole_number
 
 if TYPE_CHECKING:  # not in a torch that is built without torch.distributed
     from torch._C._distributed_c10d import Store
@@ -35,6 +35,12 @@ class Workers:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def __post_init__(self) -> None:
+        rank, size = whole_number("rank", self.rank, 0), whole_number("size", self.size, 1)
+        if rank >= size:
+            raise ConfigError(f"rank={rank}: with size={size} it is below {size}")
+        instance("device", self.device, torch.device)
+
     @classmethod
     def join(cls, device: str = "cpu") -> "Workers":
         """Meets the other workers where torchrun started this process; otherwise it is alone.
@@ -44,6 +50,7 @@ class Workers:
         ConfigError where the environment is half set or names a GPU that is not there; WorkerError
         where the others cannot be met.
         """
+        instance("device", device, str)
         given = [name for name in VARIABLES if name in os.environ]
         if not {"RANK", "WORLD_SIZE"} & set(given):
             return cls(device=torch.device(device))
