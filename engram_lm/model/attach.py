@@ -19,6 +19,7 @@ from engram_lm.model.attached import (
 from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
 from engram_lm.model.cache import StateLayer
 from engram_lm.model.config import TABLE_DTYPES
+from engram_lm.model.identity import name_after, record_outputs
 from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.surgery import canonical_of, silence
 
@@ -55,8 +56,13 @@ def attach(
     config.memory = None if memory is None else memory.to_dict()
     config.table_dtype = table_dtype
     config.check()
+    bare = (config.name_or_path, config.architectures)
+    config.architectures = [kind.__name__]
     _exchange(model, config)
     model.__class__, decoder.__class__ = kind, body
+    model.bare = bare
+    name_after(model, config)
+    record_outputs(model)
     try:
         decoder.mount(memory)
         if memory is not None:
@@ -78,11 +84,14 @@ def detach(model: Any) -> Any:
     decoder.unmount()
     kind, body = type(model), type(decoder)
     model.__class__, decoder.__class__ = kind.family, body.family
+    origin, architectures = model.__dict__.pop("bare", (None, [kind.family.__name__]))
     config: Any = copy.deepcopy(model.config)
     config.__class__ = kind.family.config_class
     for name in ("memory", "table_dtype"):
         config.__dict__.pop(name, None)
+    config.architectures = architectures
     _exchange(model, config)
+    name_after(model, config, origin)
     return model
 
 

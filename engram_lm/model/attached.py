@@ -21,10 +21,17 @@ from transformers import (
 )
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
-from engram_lm.model.attached_config import BACKBONE, MODEL_TYPE, PREFIX, attached_config
+from engram_lm.model.attached_config import (
+    BACKBONE,
+    MODEL_TYPE,
+    PREFIX,
+    attached_config,
+    check_saved,
+)
 from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
 from engram_lm.model.directory import HUB
 from engram_lm.model.generation import EngramLMGenerationMixin
+from engram_lm.model.identity import FamilyCode, convert_as, know_as_causal
 from engram_lm.model.memory_pack import MemoryPack
 from engram_lm.model.pack_reading import chosen
 from engram_lm.model.pretrained import MemoryPreTrained
@@ -42,6 +49,7 @@ class AttachedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The family's configuration with its memory. DataError where none is named."""
+        check_saved(config_dict)
         name = config_dict.get(BACKBONE)
         if name not in CONFIG_MAPPING:
             raise DataError(
@@ -54,12 +62,12 @@ class AttachedConfig(PreTrainedConfig):
         return attached_config(family).from_dict(config_dict, **kwargs)
 
 
-class AttachedForCausalLM(MemoryPreTrained, EngramLMGenerationMixin):
+class AttachedForCausalLM(FamilyCode, MemoryPreTrained, EngramLMGenerationMixin):
     """Comes before a family's model with its head; `from_pretrained` opens any saved one."""
 
     config_class: Any = AttachedConfig
-    family: Any
-    """The class without memory."""
+    bare: tuple[str, Any] | None = None
+    """Where the model without memory came from, and its architectures; None where nobody knows."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -153,12 +161,13 @@ def attached_decoder(family: Any) -> Any:
 def attached_model(family: Any) -> Any:
     """The class of a family's causal language models with memory, made once."""
     made = _made(family, AttachedForCausalLM, {"forward": _forward(family)})
+    know_as_causal(made)
     AutoModelForCausalLM.register(made.config_class, made)
     return made
 
 
 def _made(family: Any, ours: type, more: dict[str, Any]) -> Any:
-    return type(
+    made = type(
         PREFIX + family.__name__,
         (ours, family),
         {
@@ -169,6 +178,8 @@ def _made(family: Any, ours: type, more: dict[str, Any]) -> Any:
             **more,
         },
     )
+    convert_as(made, family)
+    return made
 
 
 def _forward(family: Any) -> Any:

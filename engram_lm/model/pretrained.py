@@ -20,6 +20,7 @@ from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
+from engram_lm.model.identity import UNSAVED
 
 NEVER_QUANTISED = "engram.kv"
 """A Linear that quantisers of a backbone, who know no other, would take for one of its own."""
@@ -30,6 +31,8 @@ class MemoryPreTrained(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        if self.name_or_path == UNSAVED:
+            self.name_or_path = ""
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), NEVER_QUANTISED}
         if not serve.makes_tables():
             ignored = set(self._keys_to_ignore_on_load_unexpected or ())
@@ -40,6 +43,11 @@ class MemoryPreTrained(PreTrainedModel):
         plan: dict[str, Any] = super()._get_dtype_plan(dtype)
         plan.pop(NEVER_QUANTISED, None)
         return plan
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: opened once with trust_remote_code, our classes would from then on be taken for
+        code of the hub, copied beside every saved model and left with uninitialised buffers."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
