@@ -1,6 +1,7 @@
 """Gives a decoder of transformers a memory, in place, and takes it off again."""
 
 import copy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
 from engram_lm.memory.fuse import Fuse
+from engram_lm.memory.offload import computes_on, stays_on
 from engram_lm.memory.table import Table
 from engram_lm.model.attached import (
     CAUSAL_LMS,
@@ -59,7 +61,8 @@ def attach(
     bare = (config.name_or_path, config.architectures)
     config.architectures = [kind.__name__]
     _exchange(model, config)
-    model.__class__, decoder.__class__ = kind, body
+    _become(model, kind)
+    _become(decoder, body)
     model.bare = bare
     name_after(model, config)
     record_outputs(model)
@@ -83,7 +86,8 @@ def detach(model: Any) -> Any:
     decoder: Any = model.base_model
     decoder.unmount()
     kind, body = type(model), type(decoder)
-    model.__class__, decoder.__class__ = kind.family, body.family
+    _become(model, kind.family)
+    _become(decoder, body.family)
     origin, architectures = model.__dict__.pop("bare", (None, [kind.family.__name__]))
     config: Any = copy.deepcopy(model.config)
     config.__class__ = kind.family.config_class
@@ -118,6 +122,13 @@ def _check(model: Any, table_dtype: str | None) -> None:
         raise ConfigError(f"table_dtype={table_dtype!r}: accepted are {accepted}")
 
 
+def _become(part: Any, kind: Any) -> None:
+    """Changes the class, and the forward that accelerate has put aside where it hooked the part."""
+    part.__class__ = kind
+    if "_old_forward" in vars(part):
+        part._old_forward = MethodType(kind.forward, part)
+
+
 def _exchange(model: Any, config: Any) -> None:
     """Gives every part that looks at the model's configuration the new one."""
     old = model.config
@@ -129,15 +140,14 @@ def _exchange(model: Any, config: Any) -> None:
 def _place(model: Any, layers: list[Any]) -> None:
     decoder: AttachedDecoder = model.base_model
     embedding = model.get_input_embeddings()
-    home = next(embedding.parameters()).device
+    home = stays_on(embedding)
     dtype = model.dtype if model.dtype.is_floating_point else torch.float32
     if model.config.table_dtype is None:
         decoder.tables.to(dtype)
     decoder.tables.to(home)
     decoder.seal.to(home)
     for layer in layers:
-        where = next(layer.parameters()).device
-        layer.engram.to(where, dtype)
+        layer.engram.to(computes_on(layer), dtype)
     for part in decoder.modules():
         if isinstance(part, Fuse):
             for inner in part.modules():
@@ -150,7 +160,7 @@ def _place(model: Any, layers: list[Any]) -> None:
 def _probe(model: Any) -> None:
     """ConfigError where the family's layers do not get their memory."""
     embedding = model.get_input_embeddings()
-    device = embedding.weight.device
+    device = computes_on(embedding)
     if device.type == "meta":
         return
     # As in training: 4-bit weights on a CPU are packed by bitsandbytes in a pass that needs no

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.offload import computes_on, stays_on
 from engram_lm.model.attached_config import (
     BACKBONE,
     MODEL_TYPE,
@@ -126,11 +127,9 @@ class AttachedForCausalLM(FamilyCode, MemoryPreTrained, EngramLMGenerationMixin)
             raise ConfigError(f"packs: {name!r} is loaded already, or no name")
         pack = MemoryPack.open(directory, self.config, **places)
         layers = decoder_layers(decoder)
-        home = self.get_input_embeddings().weight.device
         for layer in pack.layers:
-            norm = next(layers[int(layer)].parameters())
-            pack.layers[layer].to(norm.device, self.dtype)
-        pack.tables.to(home)
+            pack.layers[layer].to(computes_on(layers[int(layer)]), self.dtype)
+        pack.tables.to(stays_on(self.get_input_embeddings()))
         decoder.packs[name] = pack
 
     def drop_pack(self, name: str) -> None:
