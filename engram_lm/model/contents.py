@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from engram_lm.auto import CONFIGURATIONS, PACK
@@ -174,7 +174,8 @@ def _model(
     tied: Any = getattr(model, "all_tied_weights_keys", ())
     expected = {name: value for name, value in model.state_dict().items() if name not in tied}
     buffers = {name for name, _ in model.named_buffers()}
-    if not set(expected) <= set(tensors):  # files hold some families' experts one by one
+    if isinstance(model, PreTrainedModel) and not set(expected) <= set(tensors):
+        # Files hold some families' experts one by one.
         expected = revert_weight_conversion(model, expected)
     for name, value in expected.items():
         if name in tensors and tensors[name].shape != tuple(value.shape):

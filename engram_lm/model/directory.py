@@ -19,6 +19,7 @@ from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 from engram_lm.model import card, checksums
+from engram_lm.model.adapters import has_adapter
 from engram_lm.model.checksums import SPECIFICATION
 
 UNREADABLE = (
@@ -34,14 +35,30 @@ HUB = (
 """Options that say where on the hub a file is."""
 
 
-def begin(model: Any, directory: Path) -> None:
-    """Before weights are written. ConfigError for a model that could not be loaded again."""
+def begin(model: Any, directory: Path, options: dict[str, Any]) -> None:
+    """Before weights are written. ConfigError for a model that could not be loaded again.
+
+    options: what save_pretrained was called with.
+    """
     if model.base_model.served is not None:
         raise ConfigError("memory='disk': the rows are in files; open it without, to save it")
     if model.config.memory is not None and model.base_model.addresses is None:
         raise ConfigError(
             "no canonical map: call set_canonical_map(CanonicalMap.from_tokenizer(t)) before saving"
         )
+    weights = options.get("state_dict")
+    if has_adapter(model):
+        for name in ("state_dict", "push_to_hub", "distributed_checkpoint"):
+            if options.get(name):
+                raise ConfigError(
+                    f"{name}: not of a model with an adapter, which is written in two parts; save "
+                    "it without into a directory"
+                )
+    elif weights is not None:
+        ignored = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+        lacking = set(model.state_dict()) - set(weights) - ignored
+        if lacking:
+            raise ConfigError(f"state_dict: without {first(lacking)}, the model would not be whole")
     # From here on the old ones would be wrong.
     (directory / checksums.FILE_NAME).unlink(missing_ok=True)
 

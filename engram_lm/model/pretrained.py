@@ -20,6 +20,7 @@ from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
+from engram_lm.model.adapters import adapters_aside, has_adapter
 from engram_lm.model.identity import UNSAVED
 
 NEVER_QUANTISED = "engram.kv"
@@ -71,11 +72,16 @@ class MemoryPreTrained(PreTrainedModel):
     ) -> None:
         """As everywhere in transformers; beside the weights all that the model needs to be whole.
 
-        Specification, canonical map, model card (one of your own is kept) and checksums.
+        Specification, canonical map, model card (one of your own is kept) and checksums; of a
+        model with an adapter (`add_adapter`) the adapter too. ConfigError where less than the
+        whole would be written: for a `state_dict` without all weights.
         """
         if not self.should_save_on_this_rank(is_main_process):
             return super().save_pretrained(save_directory, is_main_process, **kwargs)
-        directory.begin(self, Path(save_directory))
+        directory.begin(self, Path(save_directory), kwargs)
+        if has_adapter(self):
+            with adapters_aside(self):
+                super().save_pretrained(save_directory, is_main_process, **kwargs)
         super().save_pretrained(save_directory, is_main_process, **kwargs)
         if not kwargs.get("push_to_hub"):
             directory.finish(self, Path(save_directory))
