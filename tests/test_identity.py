@@ -20,6 +20,7 @@ from trl.trainer.utils import create_model_from_path
 import engram_lm
 from engram_lm import AttachedForCausalLM, EngramCallback, give_memory, readdress, twin
 from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.model import attached as classes
 from engram_lm.model.contents import read
 from engram_lm.model.identity import UNSAVED
 
@@ -231,6 +232,15 @@ def test_a_familys_own_class_does_not_open_one_of_ours_without_its_memory(make, 
             ValueError, match="import engram_lm and open it with AutoModelForCausal"
         ):
             getattr(transformers, family).from_pretrained(tmp_path)
+
+
+def test_a_configuration_that_comes_from_elsewhere_makes_models_with_its_memory():
+    kind = classes.EngramStableLmConfig  # as unpickling in a process that has opened none
+    config = kind(**SIZES, memory=tiny_config().memory)
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, AttachedForCausalLM) and model.model.reads_memory
+    with pytest.raises(ConfigError, match="no canonical map"):
+        logits(model)
 
 
 def test_a_class_of_ours_opens_its_own_family_alone(tmp_path):

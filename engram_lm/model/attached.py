@@ -57,10 +57,7 @@ class AttachedConfig(PreTrainedConfig):
                 f"config.json: {BACKBONE} {name!r} is none that transformers "
                 f"{transformers.__version__} knows"
             )
-        family = CONFIG_MAPPING[name]
-        attached_decoder(DECODERS[family])  # the Auto classes know both from now on
-        attached_model(CAUSAL_LMS[family])
-        return attached_config(family).from_dict(config_dict, **kwargs)
+        return known_config(CONFIG_MAPPING[name]).from_dict(config_dict, **kwargs)
 
 
 class AttachedForCausalLM(FamilyCode, MemoryPreTrained, EngramLMGenerationMixin):
@@ -165,6 +162,13 @@ def attached_model(family: Any) -> Any:
     return made
 
 
+def known_config(family: Any) -> Any:
+    """The class of a family's configurations with memory, whose models the Auto classes know."""
+    attached_decoder(DECODERS[family])
+    attached_model(CAUSAL_LMS[family])
+    return attached_config(family)
+
+
 def _made(family: Any, ours: type, more: dict[str, Any]) -> Any:
     made = type(
         PREFIX + family.__name__,
@@ -208,7 +212,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     make: Any = attached_decoder
     if issubclass(family, PreTrainedConfig):
-        make = attached_config
+        make = known_config
     elif issubclass(family, GenerationMixin):
         make = attached_model
     return make(family)

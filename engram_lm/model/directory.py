@@ -5,6 +5,7 @@ engines, canonical_map.safetensors is the tokenizer's map, README.md the card; c
 whether the files are those that were saved.
 """
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ UNREADABLE = (
     *(StrictDataclassError, SafetensorError),
 )
 """What the readers of JSON, configurations and weights raise for damaged files."""
+
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What wrappers of parts add to the names of weights."""
 
 HUB = (
     *("cache_dir", "force_download", "local_files_only"),
@@ -55,8 +59,10 @@ def begin(model: Any, directory: Path, options: dict[str, Any]) -> None:
                     "it without into a directory"
                 )
     elif weights is not None:
+        # Names alone: where workers share the weights, state_dict() would wait for the others.
+        names = {_WRAPPERS.sub("", name) for name, _ in model.named_parameters()}
         ignored = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
-        lacking = set(model.state_dict()) - set(weights) - ignored
+        lacking = {name for name in names - ignored if "_flat_param" not in name} - set(weights)
         if lacking:
             raise ConfigError(f"state_dict: without {first(lacking)}, the model would not be whole")
     # From here on the old ones would be wrong.
