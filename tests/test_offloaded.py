@@ -91,11 +91,11 @@ def test_rows_are_read_from_a_map_of_the_file_and_the_table_is_never_brought(tmp
     rows_M = torch.tensor([7, 999, 7, 0])
     wanted = table.gather(rows_M)
     disk_offload(torch.nn.ModuleDict({"table": table}), tmp_path, "cpu")
-    asked = []
+    taken = []
 
     def watched(module, name):
-        asked.append(held(module, name))
-        return asked[-1]
+        taken.append(held(module, name))
+        return taken[-1]
 
     monkeypatch.setattr("engram_lm.memory.table.held", watched)
     assert torch.equal(table.gather(rows_M), wanted)
@@ -103,7 +103,7 @@ def test_rows_are_read_from_a_map_of_the_file_and_the_table_is_never_brought(tmp
     # The tensor is the file: what is written there is seen through it.
     with (tmp_path / "table.weight.dat").open("r+b") as file:
         file.write(bytes(32))
-    assert not asked[0][0].any() and asked[0].shape == (1000, 8)
+    assert not taken[0][0].any() and taken[0].shape == (1000, 8)
     assert offload.computes_on(table) == offload.stays_on(table) == torch.device("cpu")
 
 

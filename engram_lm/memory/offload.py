@@ -21,8 +21,10 @@ def held(module: nn.Module, name: str) -> Tensor:
     A tensor on the meta device that nobody holds is given back as it is.
     """
     tensor: Tensor = getattr(module, name)
+    if not tensor.is_meta:
+        return tensor.detach()
     weights = next((hook.weights_map for hook in _hooks(module) if hook.weights_map), None)
-    if not tensor.is_meta or weights is None:
+    if weights is None:
         return tensor.detach()
     while hasattr(weights, "dataset"):  # accelerate's view of one module
         weights, name = weights.dataset, f"{weights.prefix}{name}"
