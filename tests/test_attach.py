@@ -128,10 +128,12 @@ def test_config_json_is_of_no_family_that_transformers_would_open_without_the_me
     code = (
         "from transformers import AutoModelForCausalLM\n"
         f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
-        "print(type(m).__name__, m.model.reads_memory)"
+        "print(type(m).__name__, m.model.reads_memory, m.is_remote_code(), m.is_custom_code())"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.stdout.split() == ["EngramLlamaForCausalLM", "True"], ran.stderr
+    # Once trusted, it is not taken for the hub's from then on: it keeps its buffers.
+    wanted = ["EngramLlamaForCausalLM", "True", "False", "False"]
+    assert ran.stdout.split() == wanted, ran.stderr
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError, instance, shown, whole_number
+from engram_lm.memory.offload import held
 from engram_lm.memory.rows import Request, RowFormat, RowStore, select
 
 
@@ -142,8 +143,10 @@ class Table(nn.Module, RowStore):
         return RowFormat(dtype=self.weight.dtype, dim=self.weight.shape[1])
 
     def gather(self, rows_M: Tensor) -> Tensor:
-        """(M,) int64 -> (M, R) uint8."""
-        return select(self.weight.detach(), rows_M).view(torch.uint8)
+        """(M,) int64 -> (M, R) uint8, on the device of rows_M wherever the rows are."""
+        weight = held(self, "weight")
+        values_ME = select(weight, rows_M.to(weight.device)).to(rows_M.device, self.weight.dtype)
+        return values_ME.view(torch.uint8)
 
     def prefetch(self, rows_M: Tensor) -> None:
         """Nothing to do: the rows are in memory."""
@@ -195,7 +198,13 @@ class TrainedRead:
         return self.table.format.decode(self.table.gather(self.merged.rows_U))
 
     def give(self, gradient_UE: Tensor) -> None:
-        """Takes the summed gradient of each merged row."""
+        """Takes the summed gradient of each merged row. ConfigError where accelerate has offloaded
+        the table: nobody would write its rows."""
+        if self.table.weight.is_meta:
+            raise ConfigError(
+                "a table is offloaded (device_map, cpu_offload, disk_offload) and cannot be "
+                "trained; open the model without, or freeze the table"
+            )
         self.table.add_gradient(RowGradient(self.merged.rows_U, gradient_UE))
 
 

@@ -1,6 +1,7 @@
 """Gives a decoder of transformers a memory, in place, and takes it off again."""
 
 import copy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, EngramError, instance, shown
 from engram_lm.memory.fuse import Fuse
+from engram_lm.memory.offload import computes_on, stays_on
 from engram_lm.memory.table import Table
 from engram_lm.model.attached import (
     CAUSAL_LMS,
@@ -21,6 +23,7 @@ from engram_lm.model.attached_config import bare_config
 from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
 from engram_lm.model.cache import StateLayer
 from engram_lm.model.config import TABLE_DTYPES
+from engram_lm.model.identity import name_after, record_outputs
 from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.probe import probe
 from engram_lm.model.surgery import canonical_of, silence
@@ -76,16 +79,22 @@ def _attached(
     config.table_dtype = table_dtype
     config.refused_modes = probe(family, bare, layers)
     config.check()
+    config.architectures = [kind.__name__]
+    origin = bare.name_or_path
     try:
         _exchange(model, config)
-        model.__class__, decoder.__class__ = kind, body
+        _become(model, kind)
+        _become(decoder, body)
+        model.bare = (origin, bare.architectures)
+        name_after(model, config)
+        record_outputs(model)
         decoder.mount(memory)
         if memory is not None:
             _place(model, [layers[layer] for layer in memory.specification.layers])
             model.set_canonical_map(canonical)
         _try(model)
     except BaseException:
-        _take_off(model, bare)
+        _take_off(model, bare, origin)
         raise
     return model
 
@@ -104,18 +113,24 @@ def detach(model: Any) -> Any:
                 "wrapper off (of PEFT: model.unload() or model.merge_and_unload())"
             )
         raise ConfigError(f"{name}: no memory was attached to this model")
-    _take_off(model, bare_config(model.config))
+    family = type(model).family
+    origin, architectures = model.__dict__.get("bare", (None, [family.__name__]))
+    config = bare_config(model.config)
+    config.architectures = architectures
+    _take_off(model, config, origin)
     return model
 
 
-def _take_off(model: Any, config: Any) -> None:
-    """Leaves the family's own model, with this configuration."""
+def _take_off(model: Any, config: Any, origin: str | None) -> None:
+    """Leaves the family's own model, with this configuration and the name it had."""
     decoder: Any = model.base_model
     if isinstance(decoder, AttachedDecoder):
         decoder.unmount()
     for part in (model, decoder):
-        part.__class__ = getattr(type(part), "family", type(part))
+        _become(part, getattr(type(part), "family", type(part)))
+    model.__dict__.pop("bare", None)
     _exchange(model, config)
+    name_after(model, config, origin)
 
 
 def _check(model: Any, table_dtype: str | None) -> None:
@@ -141,6 +156,13 @@ def _check(model: Any, table_dtype: str | None) -> None:
         raise ConfigError(f"table_dtype={shown(table_dtype)}: accepted are {accepted}")
 
 
+def _become(part: Any, kind: Any) -> None:
+    """Changes the class, and the forward that accelerate has put aside where it hooked the part."""
+    part.__class__ = kind
+    if "_old_forward" in vars(part):
+        part._old_forward = MethodType(kind.forward, part)
+
+
 def _exchange(model: Any, config: Any) -> None:
     """Gives every part that looks at the model's configuration the new one."""
     old = model.config
@@ -152,15 +174,14 @@ def _exchange(model: Any, config: Any) -> None:
 def _place(model: Any, layers: list[Any]) -> None:
     decoder: AttachedDecoder = model.base_model
     embedding = model.get_input_embeddings()
-    home = next(embedding.parameters()).device
+    home = stays_on(embedding)
     dtype = model.dtype if model.dtype.is_floating_point else torch.float32
     if model.config.table_dtype is None:
         decoder.tables.to(dtype)
     decoder.tables.to(home)
     decoder.seal.to(home)
     for layer in layers:
-        where = next(layer.parameters()).device
-        layer.engram.to(where, dtype)
+        layer.engram.to(computes_on(layer), dtype)
     for part in decoder.modules():
         if isinstance(part, Fuse):
             for inner in part.modules():
@@ -173,7 +194,7 @@ def _place(model: Any, layers: list[Any]) -> None:
 def _try(model: Any) -> None:
     """ConfigError where the family's layers do not get their memory."""
     embedding = model.get_input_embeddings()
-    device = embedding.weight.device
+    device = computes_on(embedding)
     if device.type == "meta":
         return
     # As in training: 4-bit weights on a CPU are packed by bitsandbytes in a pass that needs no

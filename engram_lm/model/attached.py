@@ -21,10 +21,18 @@ from transformers import (
 )
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
-from engram_lm.model.attached_config import BACKBONE, MODEL_TYPE, PREFIX, attached_config
+from engram_lm.memory.offload import computes_on, stays_on
+from engram_lm.model.attached_config import (
+    BACKBONE,
+    MODEL_TYPE,
+    PREFIX,
+    attached_config,
+    check_saved,
+)
 from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
 from engram_lm.model.directory import HUB
 from engram_lm.model.generation import EngramLMGenerationMixin
+from engram_lm.model.identity import FamilyCode, convert_as, know_as_causal
 from engram_lm.model.memory_pack import MemoryPack
 from engram_lm.model.pack_reading import chosen
 from engram_lm.model.pretrained import MemoryPreTrained
@@ -42,24 +50,22 @@ class AttachedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The family's configuration with its memory. DataError where none is named."""
+        check_saved(config_dict)
         name = config_dict.get(BACKBONE)
         if name not in CONFIG_MAPPING:
             raise DataError(
                 f"config.json: {BACKBONE} {name!r} is none that transformers "
                 f"{transformers.__version__} knows"
             )
-        family = CONFIG_MAPPING[name]
-        attached_decoder(DECODERS[family])  # the Auto classes know both from now on
-        attached_model(CAUSAL_LMS[family])
-        return attached_config(family).from_dict(config_dict, **kwargs)
+        return known_config(CONFIG_MAPPING[name]).from_dict(config_dict, **kwargs)
 
 
-class AttachedForCausalLM(MemoryPreTrained, EngramLMGenerationMixin):
+class AttachedForCausalLM(FamilyCode, MemoryPreTrained, EngramLMGenerationMixin):
     """Comes before a family's model with its head; `from_pretrained` opens any saved one."""
 
     config_class: Any = AttachedConfig
-    family: Any
-    """The class without memory."""
+    bare: tuple[str, Any] | None = None
+    """Where the model without memory came from, and its architectures; None where nobody knows."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -118,11 +124,9 @@ class AttachedForCausalLM(MemoryPreTrained, EngramLMGenerationMixin):
             raise ConfigError(f"packs: {name!r} is loaded already, or no name")
         pack = MemoryPack.open(directory, self.config, **places)
         layers = decoder_layers(decoder)
-        home = self.get_input_embeddings().weight.device
         for layer in pack.layers:
-            norm = next(layers[int(layer)].parameters())
-            pack.layers[layer].to(norm.device, self.dtype)
-        pack.tables.to(home)
+            pack.layers[layer].to(computes_on(layers[int(layer)]), self.dtype)
+        pack.tables.to(stays_on(self.get_input_embeddings()))
         decoder.packs[name] = pack
 
     def drop_pack(self, name: str) -> None:
@@ -153,12 +157,20 @@ def attached_decoder(family: Any) -> Any:
 def attached_model(family: Any) -> Any:
     """The class of a family's causal language models with memory, made once."""
     made = _made(family, AttachedForCausalLM, {"forward": _forward(family)})
+    know_as_causal(made)
     AutoModelForCausalLM.register(made.config_class, made)
     return made
 
 
+def known_config(family: Any) -> Any:
+    """The class of a family's configurations with memory, whose models the Auto classes know."""
+    attached_decoder(DECODERS[family])
+    attached_model(CAUSAL_LMS[family])
+    return attached_config(family)
+
+
 def _made(family: Any, ours: type, more: dict[str, Any]) -> Any:
-    return type(
+    made = type(
         PREFIX + family.__name__,
         (ours, family),
         {
@@ -169,6 +181,8 @@ def _made(family: Any, ours: type, more: dict[str, Any]) -> Any:
             **more,
         },
     )
+    convert_as(made, family)
+    return made
 
 
 def _forward(family: Any) -> Any:
@@ -198,7 +212,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     make: Any = attached_decoder
     if issubclass(family, PreTrainedConfig):
-        make = attached_config
+        make = known_config
     elif issubclass(family, GenerationMixin):
         make = attached_model
     return make(family)

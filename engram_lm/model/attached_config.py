@@ -15,14 +15,21 @@ from typing import Any
 import transformers
 
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import ConfigError, shown
-from engram_lm.model.config import REMOTE_CODE, TABLE_DTYPES, from_dict, memory_config
+from engram_lm.errors import ConfigError, DataError, MismatchError, shown
+from engram_lm.model.config import (
+    REMOTE_CODE,
+    TABLE_DTYPES,
+    WEIGHTS_OF_OURS,
+    from_dict,
+    memory_config,
+)
 
 PREFIX = "Engram"
 """Of the names of our classes: EngramLlamaForCausalLM is LlamaForCausalLM with a memory."""
 MODEL_TYPE = "engram_attached"
 BACKBONE = "backbone_model_type"
-_OF_THE_FILE = ("model_type", BACKBONE, "auto_map")
+_OF_THE_FILE = ("model_type", BACKBONE, "auto_map", *WEIGHTS_OF_OURS)
+_MODULE = REMOTE_CODE.removesuffix(".py")
 
 
 _OURS = ("memory", "table_dtype", "refused_modes")
@@ -42,6 +49,29 @@ class _WithMemory:
         """`memory` as an object."""
         return None if self.memory is None else memory_config(self.memory)
 
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """For those who have not imported this package; TRL looks for it in the object too."""
+        return {
+            "AutoConfig": f"{_MODULE}.AttachedConfig",
+            "AutoModelForCausalLM": f"{_MODULE}.AttachedForCausalLM",
+        }
+
+    @classmethod
+    def get_config_dict(cls, path: Any, **kwargs: Any) -> Any:
+        """What config.json holds, with the family's model_type, which transformers compares with
+        the class's. MismatchError for another family's."""
+        record, unused = super().get_config_dict(path, **kwargs)  # type: ignore[misc]
+        if record.get("model_type") == MODEL_TYPE:
+            check_saved(record)
+            family = cls.model_type  # type: ignore[attr-defined]
+            if record.get(BACKBONE) != family:
+                raise MismatchError(
+                    f"{path}: a {record.get(BACKBONE)!r} with memory, not a {family!r}"
+                )
+            record = {**record, "model_type": family}
+        return record, unused
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Of what config.json holds."""
@@ -51,18 +81,14 @@ class _WithMemory:
         return from_dict(super().from_dict, record, kwargs)  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds; `auto_map` is for those who have not imported this package."""
-        module = REMOTE_CODE.removesuffix(".py")
-        auto_map = {
-            "AutoConfig": f"{module}.AttachedConfig",
-            "AutoModelForCausalLM": f"{module}.AttachedForCausalLM",
-        }
+        """What config.json holds."""
         record: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
         family = record["model_type"]
         return record | {
             "model_type": MODEL_TYPE,
             BACKBONE: family,
-            "auto_map": auto_map,
+            "auto_map": self.auto_map,
+            **WEIGHTS_OF_OURS,
         }
 
     def save_pretrained(
@@ -93,6 +119,12 @@ def bare_config(config: Any) -> Any:
     for name in _OURS:
         config.__dict__.pop(name, None)
     return config
+
+
+def check_saved(record: dict[str, Any]) -> None:
+    """DataError for the config.json of identity.UNSAVED, which stands for no saved model."""
+    if "unsaved" in record:
+        raise DataError(f"this model cannot be opened by its name: {record['unsaved']}")
 
 
 @cache

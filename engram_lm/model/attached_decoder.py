@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, DynamicCache
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
@@ -24,6 +23,7 @@ from engram_lm.model.attached_config import bare_config
 from engram_lm.model.cache import forget_packs, pack_state
 from engram_lm.model.call import Call
 from engram_lm.model.decoder import MemoryDecoder
+from engram_lm.model.identity import FamilyCode, record_outputs
 from engram_lm.model.memory_pack import MemoryPack
 from engram_lm.model.pack_reading import Choice, PackReading, chosen, read_packs
 from engram_lm.model.probe import CROP, probe
@@ -64,11 +64,8 @@ class AttachedReading:
                 reading.finish()
 
 
-class AttachedDecoder(MemoryDecoder):
+class AttachedDecoder(FamilyCode, MemoryDecoder):
     """Comes before a family's decoder."""
-
-    family: Any
-    """The class without memory."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -77,7 +74,7 @@ class AttachedDecoder(MemoryDecoder):
 
     def mount(self, memory: MemoryConfig | None) -> None:
         """Sets a Fuse on each memory layer, hooks before all, and makes the tables."""
-        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs  # it is kept by the class's name
+        record_outputs(self)
         layers = decoder_layers(self)
         for layer in memory.specification.layers if memory is not None else ():
             layers[layer].engram = Fuse(

@@ -20,6 +20,12 @@ TABLE_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 """What EngramLMConfig.table_dtype may be."""
 REMOTE_CODE = "modeling_engram_lm.py"
 """A file beside every saved model that leads transformers to this package."""
+WEIGHTS_OF_OURS = {
+    "transformers_weights": "a model of engram_lm, which may have a memory: import engram_lm and "
+    "open it with AutoModelForCausalLM"
+}
+"""In every config.json. Another family's class takes it for the name of the weights' file, and its
+from_pretrained raises an error that shows it, instead of opening the model without its memory."""
 
 
 @strict
@@ -102,12 +108,13 @@ class EngramLMConfig(DeepseekV3Config):
             "AutoModel": f"{module}.EngramLMModel",
             "AutoModelForCausalLM": f"{module}.EngramLMForCausalLM",
         }
-        return {**super().to_diff_dict(), "auto_map": auto_map}
+        return {**super().to_diff_dict(), "auto_map": auto_map, **WEIGHTS_OF_OURS}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Of what config.json holds."""
-        return from_dict(super().from_dict, config_dict, kwargs)
+        record = {k: v for k, v in config_dict.items() if k not in WEIGHTS_OF_OURS}
+        return from_dict(super().from_dict, record, kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

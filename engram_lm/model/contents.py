@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from engram_lm.auto import CONFIGURATIONS, PACK
 from engram_lm.config import MemoryConfig
@@ -172,6 +173,10 @@ def _model(
 ) -> dict[str, Any]:
     tied: Any = getattr(model, "all_tied_weights_keys", ())
     expected = {name: value for name, value in model.state_dict().items() if name not in tied}
+    buffers = {name for name, _ in model.named_buffers()}
+    if isinstance(model, PreTrainedModel) and not set(expected) <= set(tensors):
+        # Files hold some families' experts one by one.
+        expected = revert_weight_conversion(model, expected)
     for name, value in expected.items():
         if name in tensors and tensors[name].shape != tuple(value.shape):
             problems.append(
@@ -184,10 +189,9 @@ def _model(
     ):
         if names and tensors:
             problems.append(f"{words} {first(names)}")
-    parameters = {name for name, _ in model.named_parameters()}
     dtypes: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if name in parameters:
+        if name in expected and name not in buffers:
             dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return {
         "architecture": (config.architectures or [type(model).__name__])[0],

@@ -5,6 +5,7 @@ engines, canonical_map.safetensors is the tokenizer's map, README.md the card; c
 whether the files are those that were saved.
 """
 
+import re
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -21,6 +22,7 @@ from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.specification import Specification
 from engram_lm.model import card, checksums
+from engram_lm.model.adapters import has_adapter
 from engram_lm.model.checksums import SPECIFICATION
 
 UNREADABLE = (
@@ -29,6 +31,9 @@ UNREADABLE = (
 )
 """What the readers of JSON, configurations and weights raise for damaged files."""
 
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What wrappers of parts add to the names of weights."""
+
 HUB = (
     *("cache_dir", "force_download", "local_files_only"),
     *("proxies", "revision", "subfolder", "token"),
@@ -36,8 +41,11 @@ HUB = (
 """Options that say where on the hub a file is."""
 
 
-def begin(model: Any, directory: Path) -> None:
-    """Before weights are written. ConfigError for a model that could not be loaded again."""
+def begin(model: Any, directory: Path, options: dict[str, Any]) -> None:
+    """Before weights are written. ConfigError for a model that could not be loaded again.
+
+    options: what save_pretrained was called with.
+    """
     if model.base_model.served is not None:
         raise ConfigError("memory='disk': the rows are in files; open it without, to save it")
     if model.config.memory is not None and model.base_model.addresses is None:
@@ -52,6 +60,21 @@ def begin(model: Any, directory: Path) -> None:
                 f"the embedding has {rows} rows, and this model knows of {known}: it was resized "
                 f"through a model that shares it; call resize_token_embeddings({rows}) here too"
             )
+    weights = options.get("state_dict")
+    if has_adapter(model):
+        for name in ("state_dict", "push_to_hub", "distributed_checkpoint"):
+            if options.get(name):
+                raise ConfigError(
+                    f"{name}: not of a model with an adapter, which is written in two parts; save "
+                    "it without into a directory"
+                )
+    elif weights is not None:
+        # Names alone: where workers share the weights, state_dict() would wait for the others.
+        names = {_WRAPPERS.sub("", name) for name, _ in model.named_parameters()}
+        ignored = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+        lacking = {name for name in names - ignored if "_flat_param" not in name} - set(weights)
+        if lacking:
+            raise ConfigError(f"state_dict: without {first(lacking)}, the model would not be whole")
     # From here on the old ones would be wrong.
     (directory / checksums.FILE_NAME).unlink(missing_ok=True)
 

@@ -26,6 +26,7 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.lookup import Memory
 from engram_lm.memory.ngrams import Addresses
+from engram_lm.memory.offload import held
 from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import checksums, serve
@@ -169,7 +170,9 @@ def save_pack(model: Any, directory: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / checksums.FILE_NAME).unlink(missing_ok=True)
     weights = {
-        key: value.detach().cpu().contiguous()
+        key: held(decoder.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2])
+        .to("cpu", value.dtype)
+        .contiguous()
         for key, value in decoder.state_dict().items()
         if key.startswith((TABLES, "seal.")) or ".engram." in key
     }

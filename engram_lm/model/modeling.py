@@ -33,6 +33,7 @@ from engram_lm.model.call import Call
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.decoder import MemoryDecoder
 from engram_lm.model.generation import EngramLMGenerationMixin
+from engram_lm.model.identity import know_as_causal
 from engram_lm.model.layer import EngramLMDecoderLayer
 from engram_lm.model.pretrained import MemoryPreTrained
 
@@ -222,3 +223,6 @@ class EngramLMForCausalLM(EngramLMPreTrainedModel, EngramLMGenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+know_as_causal(EngramLMForCausalLM)

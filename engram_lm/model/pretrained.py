@@ -20,6 +20,8 @@ from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
+from engram_lm.model.adapters import adapters_aside, has_adapter
+from engram_lm.model.identity import UNSAVED
 
 NEVER_QUANTISED = "engram.kv"
 """A Linear that quantisers of a backbone, who know no other, would take for one of its own."""
@@ -31,6 +33,8 @@ class MemoryPreTrained(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         instance("config", config, type(self).config_class)
         super().__init__(config)
+        if self.name_or_path == UNSAVED:
+            self.name_or_path = ""
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), NEVER_QUANTISED}
         if not serve.makes_tables():
             ignored = set(self._keys_to_ignore_on_load_unexpected or ())
@@ -41,6 +45,11 @@ class MemoryPreTrained(PreTrainedModel):
         plan: dict[str, Any] = super()._get_dtype_plan(dtype)
         plan.pop(NEVER_QUANTISED, None)
         return plan
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: opened once with trust_remote_code, our classes would from then on be taken for
+        code of the hub, copied beside every saved model and left with uninitialised buffers."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -64,11 +73,16 @@ class MemoryPreTrained(PreTrainedModel):
     ) -> None:
         """As everywhere in transformers; beside the weights all that the model needs to be whole.
 
-        Specification, canonical map, model card (one of your own is kept) and checksums.
+        Specification, canonical map, model card (one of your own is kept) and checksums; of a
+        model with an adapter (`add_adapter`) the adapter too. ConfigError where less than the
+        whole would be written: for a `state_dict` without all weights.
         """
         if not self.should_save_on_this_rank(is_main_process):
             return super().save_pretrained(save_directory, is_main_process, **kwargs)
-        directory.begin(self, Path(save_directory))
+        directory.begin(self, Path(save_directory), kwargs)
+        if has_adapter(self):
+            with adapters_aside(self):
+                super().save_pretrained(save_directory, is_main_process, **kwargs)
         super().save_pretrained(save_directory, is_main_process, **kwargs)
         if not kwargs.get("push_to_hub"):
             directory.finish(self, Path(save_directory))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import MismatchError
+from engram_lm.memory.offload import held
 
 
 class Seal(nn.Module):
@@ -24,7 +25,8 @@ class Seal(nn.Module):
     @property
     def digest(self) -> str | None:
         """In hex; None where nothing is recorded yet, or can be (the meta device)."""
-        return None if self.sha256.is_meta else digest(self.sha256)
+        sha256 = held(self, "sha256")
+        return None if sha256.is_meta else digest(sha256)
 
     def set(self, wanted: str) -> None:
         """Records this hash. MismatchError if the weights have another one."""

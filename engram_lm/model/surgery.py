@@ -22,6 +22,7 @@ from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.specification import Specification
 from engram_lm.model.carry import Read, carry
+from engram_lm.model.identity import name_after
 from engram_lm.model.modeling import EngramLMPreTrainedModel
 from engram_lm.model.seal import Seal
 
@@ -166,6 +167,7 @@ def _rebuild(model: Model, memory: MemoryConfig) -> Model:
                 setattr(part, key, tensor)
     if model.can_generate():
         rebuilt.generation_config = copy.deepcopy(model.generation_config)
+    name_after(rebuilt, config)
     return rebuilt.train(model.training)
 
 

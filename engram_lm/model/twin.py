@@ -34,6 +34,7 @@ def twin(config: EngramLMConfig, rho: float, memory: MemoryConfig | None = None)
             "a model without routed experts or tables has nothing to move: P_sparse = 0"
         )
     other = copy.deepcopy(config)
+    other.name_or_path = ""  # another model
     other.n_routed_experts = (config.num_experts_per_tok or 0) + round(rho * goal.p_sparse / expert)
     if other.n_routed_experts % (config.n_group or 1):
         raise ConfigError(

@@ -13,6 +13,7 @@ from transformers import (
 
 from engram_lm.errors import ConfigError, number
 from engram_lm.memory.table import Table
+from engram_lm.model.adapters import has_adapter
 from engram_lm.train.balance import Balancer
 from engram_lm.train.sharded_table import ShardedTable
 from engram_lm.train.workers import Workers
@@ -24,9 +25,10 @@ class EngramCallback(TrainerCallback):
     balance_rate: how far a routing bias moves per step; the bias is saved with the model.
     ConfigError at the start of training: for max_grad_norm above 0, which clips all gradients but
     those of rows (JointOptimizer's clip is for both); for fp16, whose scaler does not see them; for
-    label smoothing, which takes the model for no causal one; for several workers without
+    label smoothing, which takes the place of the model's own loss; for several workers without
     `replicate_tables`; for an optimiser that has not all tables, or of torch's own, which moves no
-    row; for tables that PEFT has frozen, and checkpoints of PEFT, which are without memory.
+    row; for tables that PEFT has frozen, and resuming with an adapter, which Trainer either brings
+    back without memory (PEFT) or not at all (`add_adapter`).
     """
 
     def __init__(self, balance_rate: float = 1e-3) -> None:
@@ -57,13 +59,18 @@ class EngramCallback(TrainerCallback):
             raise ConfigError("fp16=True: its scaler does not see the gradients of rows; set bf16")
         if args.label_smoothing_factor > 0:
             raise ConfigError(
-                f"label_smoothing_factor={args.label_smoothing_factor}: Trainer does not know this "
-                "class as a causal model, and would have each token predict itself; set 0"
+                f"label_smoothing_factor={args.label_smoothing_factor}: Trainer's smoothing takes "
+                "the place of the model's own loss, the balance of experts included; set 0"
             )
         if not isinstance(model, PreTrainedModel) and state.global_step > 0:
             raise ConfigError(
                 f"step {state.global_step}: a checkpoint of PEFT holds the adapter and no memory; "
                 "save both apart, and begin anew from them"
+            )
+        if has_adapter(model) and state.global_step > 0:
+            raise ConfigError(
+                f"step {state.global_step}: Trainer fills no adapter of add_adapter from a "
+                "checkpoint; open the checkpoint's directory, and begin anew from it"
             )
         _check_tables(model, optimizer, args.world_size)
         workers = Workers(args.process_index, args.world_size, model.device)
