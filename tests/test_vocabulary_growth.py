@@ -110,7 +110,7 @@ def test_tokens_added_later_are_taken_and_what_is_saved_opens_alike(name, ids, t
     assert (model(ids).logits[..., :V] - before).abs().max() < 1e-5
     ids = with_added(ids)
     wanted = model(ids).logits
-    model.set_canonical_map(specification.canonical_map(grown))
+    model.set_canonical_map(specification.canonical_map(grown, len(grown)))
     assert torch.equal(model(ids).logits, wanted)
     assert model.config.memory_config.specification == specification
     model.save_pretrained(tmp_path)

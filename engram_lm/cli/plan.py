@@ -121,7 +121,8 @@ def _model(
             f"{arguments.data}: its tokenizer has {encoder.token_ids} token ids, the model "
             f"{config.vocab_size}"
         )
-    canonical = config.memory_config.specification.canonical_map(encoder.fast())
+    specification, ids = config.memory_config.specification, config.vocab_size
+    canonical = specification.model_map(specification.canonical_map(encoder.fast(), ids), ids)
     return name, config, canonical, shards.split("train")
 
 

@@ -31,17 +31,14 @@ class Addresses:
 
     Plain object, no module: there is nothing in it to train, move or load. Constants are copied to
     each device once, when ids on that device are first seen.
-    canonical: the tokenizer's map. Where it has more ids than the specification's vocabulary, or
-    is `grown` to those of a model, each further id is a class of its own; rows of the others stay.
+    canonical: the tokenizer's map, or what it has `grown` to for a model with more token ids.
     """
 
     def __init__(self, specification: Specification, canonical: CanonicalMap) -> None:
         instance("specification", specification, Specification)
         instance("canonical", canonical, CanonicalMap)
         self.specification = specification.bind(canonical)
-        vocabulary = self.specification.vocabulary
-        assert vocabulary is not None
-        self.canonical = canonical.own.first(vocabulary.token_ids).grown(canonical.token_ids)
+        self.canonical = canonical
         self._by_device: dict[torch.device, _Constants] = {}
 
     def grown(self, token_ids: int) -> "Addresses":

@@ -201,31 +201,43 @@ class Specification:
             for ordinal, layer in enumerate(self.layers)
         }
 
-    def canonical_map(self, tokenizer: Any) -> CanonicalMap:
+    def canonical_map(self, tokenizer: Any, token_ids: int = 0) -> CanonicalMap:
         """The map that these rules make of a tokenizer (see CanonicalMap.from_tokenizer).
 
         Under the rule `raw` every id is its own canonical id, up to the vocabulary's size where it
-        is known and larger: a model may have more ids than its tokenizer.
+        is known: a model may have more ids than its tokenizer. MismatchError if it has fewer, and
+        no model is known that has so many (`token_ids`).
         """
         if self.canonical_rule == "folded":
             return CanonicalMap.from_tokenizer(tokenizer)
-        known = 0 if self.vocabulary is None else self.vocabulary.token_ids
-        return CanonicalMap.identity(max(known, vocabulary_size(backend_of(tokenizer))))
+        ids = vocabulary_size(backend_of(tokenizer))
+        known = ids if self.vocabulary is None else self.vocabulary.token_ids
+        if ids > max(known, token_ids):
+            raise MismatchError(
+                f"the tokenizer has {ids} ids, the specification's vocabulary {known}"
+            )
+        return CanonicalMap.identity(max(known, ids))
+
+    def model_map(self, canonical: CanonicalMap, token_ids: int) -> CanonicalMap:
+        """The map of a model that has so many token ids, by that of its tokenizer.
+
+        A tokenizer that has grown, within these ids, behind the vocabulary that this specification
+        has is no other one. MismatchError for any other.
+        """
+        own = canonical.own
+        if self.vocabulary is not None and own.token_ids <= token_ids:
+            own = own.first(self.vocabulary.token_ids)
+        self.bind(own)
+        return own.grown(token_ids)
 
     def bind(self, canonical: CanonicalMap) -> "Specification":
-        """This specification for that vocabulary. MismatchError if it already has another one.
-
-        A map that goes on behind the vocabulary it has, because the tokenizer has grown, is no
-        other one.
-        """
+        """This specification for that vocabulary. MismatchError if it already has another one."""
         if self.canonical_rule == "raw" and canonical.canonical_ids < canonical.token_ids:
             raise MismatchError(
                 f"canonical_rule='raw': a map that folds {canonical.token_ids} ids into "
                 f"{canonical.canonical_ids} is not the identity"
             )
         own = canonical.own
-        if self.vocabulary is not None:
-            own = own.first(self.vocabulary.token_ids)
         vocabulary = Vocabulary(
             token_ids=own.token_ids, canonical_ids=own.canonical_ids, sha256=own.sha256
         )

@@ -66,7 +66,7 @@ def _attached(
 ) -> Any:
     _check(model, table_dtype)
     instance("memory", memory, MemoryConfig, type(None))
-    canonical = None if memory is None else canonical_of(memory, tokenizer)
+    canonical = None if memory is None else canonical_of(memory, tokenizer, model.config)
     decoder: Any = model.base_model
     layers = decoder_layers(decoder)
     family: Any = type(model)

@@ -24,7 +24,7 @@ from engram_lm.memory.specification import Specification
 from engram_lm.model import checksums
 from engram_lm.model.attached import CAUSAL_LMS, DECODERS
 from engram_lm.model.checksums import SPECIFICATION, Checked
-from engram_lm.model.directory import UNREADABLE, compare, first
+from engram_lm.model.directory import UNREADABLE, check_tokenizer, compare, first
 from engram_lm.model.memory_pack import MemoryPack, record_of
 from engram_lm.model.seal import digest
 
@@ -250,14 +250,11 @@ def _tokenizer(directory: Path, config: Any, problems: list[str]) -> str:
     if config.memory_config is not None:
         before = len(problems)
         with _noting(problems, path.name):
-            specification = config.memory_config.specification
-            canonical = specification.canonical_map(path)
-            specification.bind(canonical)
+            ids = check_tokenizer(config.memory_config.specification, path)
         if len(problems) > before:
             return "another's"
-        if canonical.token_ids > config.vocab_size:
+        if ids > config.vocab_size:
             problems.append(
-                f"mismatch: {path.name} has {canonical.token_ids} ids, vocab_size is "
-                f"{config.vocab_size}"
+                f"mismatch: {path.name} has {ids} ids, vocab_size is {config.vocab_size}"
             )
     return "beside it"

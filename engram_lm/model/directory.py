@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
-from engram_lm.memory.canonical import CanonicalMap
+from engram_lm.memory.canonical import CanonicalMap, backend_of, vocabulary_size
 from engram_lm.memory.specification import Specification
 from engram_lm.model import card, checksums
 from engram_lm.model.adapters import has_adapter
@@ -134,16 +134,21 @@ def canonical_map(path: Any, tokenizer: Any, options: dict[str, Any]) -> Canonic
     specification = specification.bind(canonical)
     for given in (_beside(path, "tokenizer.json", hub), tokenizer):
         if given is not None:
-            map_of_it = specification.canonical_map(given)
-            specification.bind(map_of_it)
-            if map_of_it.token_ids > config.vocab_size:  # its model was saved before it was resized
+            ids = check_tokenizer(specification, given)
+            if ids > config.vocab_size:  # its model was saved before it was resized
                 warnings.warn(
-                    f"{path}: the tokenizer has {map_of_it.token_ids} ids, vocab_size is "
-                    f"{config.vocab_size}; resize_token_embeddings({map_of_it.token_ids}) gives "
-                    "the model more",
+                    f"{path}: the tokenizer has {ids} ids, vocab_size is {config.vocab_size}; "
+                    f"resize_token_embeddings({ids}) gives the model more",
                     stacklevel=3,
                 )
     return canonical
+
+
+def check_tokenizer(specification: Specification, tokenizer: Any) -> int:
+    """How many ids it has. MismatchError unless it is the specification's, or that one grown."""
+    ids = vocabulary_size(backend_of(tokenizer))
+    specification.model_map(specification.canonical_map(tokenizer, ids), ids)
+    return ids
 
 
 def compare(copy: Specification, specification: Specification) -> None:

@@ -156,7 +156,8 @@ class MemoryPreTrained(PreTrainedModel):
                 f"the canonical map has {ids} ids, vocab_size is {size}; "
                 f"resize_token_embeddings({ids}) gives the model more"
             )
-        addresses = Addresses(memory.specification, canonical.grown(size))
+        canonical = memory.specification.model_map(canonical, size)
+        addresses = Addresses(memory.specification, canonical)
         decoder: Any = self.base_model
         decoder.seal.set(addresses.specification.digest)
         self.config.memory = replace(memory, specification=addresses.specification).to_dict()

@@ -43,7 +43,7 @@ def give_memory(model: Model, memory: MemoryConfig, tokenizer: Any) -> Model:
     instance("memory", memory, MemoryConfig)
     if model.config.memory is not None:
         raise ConfigError("the model has a memory already: readdress(model, ...) changes it")
-    canonical = canonical_of(memory, tokenizer)
+    canonical = canonical_of(memory, tokenizer, model.config)
     given = _rebuild(model, memory)
     given.set_canonical_map(canonical)
     return given
@@ -57,11 +57,11 @@ def _check_model(model: Any) -> None:
         )
 
 
-def canonical_of(memory: MemoryConfig, tokenizer: Any) -> CanonicalMap:
+def canonical_of(memory: MemoryConfig, tokenizer: Any, config: Any) -> CanonicalMap:
     """The map by the memory's rule of a tokenizer, or the CanonicalMap itself that is given."""
     if isinstance(tokenizer, CanonicalMap):
         return tokenizer
-    return memory.specification.canonical_map(tokenizer)
+    return memory.specification.canonical_map(tokenizer, config.vocab_size)
 
 
 class Readdressed(NamedTuple):

@@ -31,7 +31,7 @@ def fresh(
         model = EngramLMForCausalLM(config)
     if config.memory_config is not None:
         specification = config.memory_config.specification
-        model.set_canonical_map(specification.canonical_map(tokenizer))
+        model.set_canonical_map(specification.canonical_map(tokenizer, config.vocab_size))
     return _placed(model, workers, seed)
 
 
