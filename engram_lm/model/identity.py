@@ -17,6 +17,11 @@ UNSAVED = str(Path(__file__).with_name("unsaved"))
 whose config.json makes opening it a DataError. Trainer and TRL leave directories out of cards."""
 
 
+NO_NAME = "a model changed and not saved since: call its save_pretrained(DIR) and open DIR"
+"""What PEFT records as the model that its adapter belongs to, and AutoPeft then fails to open, in
+these words: neither the name of a directory nor one that a hub is asked for."""
+
+
 class FamilyCode:
     """Comes before a family's class, `family`, and gives ours what transformers decides not by
     inheritance but by the module or the name of the class itself."""
@@ -59,10 +64,9 @@ def name_after(model: nn.Module, config: Any, origin: str | None = None) -> None
     """Says where model and configuration come from; None: from nowhere, since they were changed.
 
     Otherwise PEFT and TRL would open the model as it was before, without a word. TRL asks the
-    configuration. PEFT asks the model, and as it saves it opens the configuration that it was
-    named: it is named none, and AutoPeft finds none.
+    configuration. PEFT asks the model, and as it saves it would open a directory so named.
     """
     config.name_or_path = UNSAVED if origin is None else origin
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.name_or_path = "" if origin is None else origin
+            part.name_or_path = NO_NAME if origin is None else origin

@@ -21,7 +21,7 @@ from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
 from engram_lm.model.adapters import adapters_aside, has_adapter
-from engram_lm.model.identity import UNSAVED
+from engram_lm.model.identity import NO_NAME, UNSAVED
 
 NEVER_QUANTISED = "engram.kv"
 """A Linear that quantisers of a backbone, who know no other, would take for one of its own."""
@@ -34,7 +34,7 @@ class MemoryPreTrained(PreTrainedModel):
         instance("config", config, type(self).config_class)
         super().__init__(config)
         if self.name_or_path == UNSAVED:
-            self.name_or_path = ""
+            self.name_or_path = NO_NAME
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), NEVER_QUANTISED}
         if not serve.makes_tables():
             ignored = set(self._keys_to_ignore_on_load_unexpected or ())
