@@ -53,6 +53,26 @@ def check_one_save(directory: Path) -> None:
         )
 
 
+def check_as_transformers_reads(directory: Path) -> None:
+    """DataError where from_pretrained would read another tensor than the index names.
+
+    It reads all of the files that an index names, and of a name that two hold the last.
+    """
+    check_one_save(directory)
+    files = _by_index(directory) if (directory / INDEX).exists() else {}
+    for file in sorted(set(files.values())):
+        try:
+            names = read_header(file).tensors
+        except DataError:  # it says itself what is missing or damaged
+            continue
+        for name in names:
+            if files.get(name, file) != file:
+                raise DataError(
+                    f"{directory}: {name} is in {files[name].name}, as {INDEX} says, and in "
+                    f"{file.name} too: transformers would read the last"
+                )
+
+
 def _by_index(directory: Path) -> dict[str, Path]:
     index = directory / INDEX
     try:
