@@ -1,67 +1,28 @@
 """Released checkpoints in fp8: every scale is used as transformers uses it, or refused by name."""
 
 import json
-import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from kits import DEEPSEEK, FP8, PLE, QWEN, TABLE, quantised, read_all, stored, written
 from safetensors.torch import load_file, save_file
+from test_qwen4_exp import theirs
+from transformers import Qwen4ExpForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Embedding
 
 from engram_lm.cli import main
-from engram_lm.errors import DataError, EngramError, MismatchError
+from engram_lm.errors import EngramError, MismatchError
 from engram_lm.store.disk import Disk
 from engram_lm.store.packed import Packed
 from engram_lm.store.released import Released
 
-KIT = Path(__file__).parents[1] / "conformance"
-QWEN, DEEPSEEK = "qwen4_exp", "deepseek_v41"
-PLE = "model.layers.1.ple."
-TABLE = PLE + "ple_embedding.ngram_embedding."
 ENGRAM = "layers.1.engram."
-FP8 = torch.float8_e4m3fn
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Writes a kit's checkpoint with other tensors, in one file; None takes one away."""
-
-    def write(changes: dict[str, torch.Tensor | None], family: str = QWEN, name="given") -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        tensors = {}
-        for path in sorted((KIT / family).glob("model*.safetensors")):
-            tensors |= load_file(path)
-        for file in ("config.json", "tokenizer.json"):
-            shutil.copy(KIT / family / file, directory)
-        tensors |= changes
-        kept = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
-        save_file(kept, directory / "model.safetensors")
-        return directory
-
-    return write
-
-
-def stored(family: str = QWEN) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in sorted((KIT / family).glob("model*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def quantised(layer: int, scale: torch.Tensor, whole: bool = False) -> dict:
-    """An fp8 table of random bytes, in shards as released or whole, and its one scale."""
-    prefix = TABLE.replace(".1.", f".{layer}.")
-    rows = torch.cat([stored()[f"{prefix}shard_{i}.weight"] for i in range(4)])
-    generator = torch.Generator().manual_seed(layer)
-    bytes_VE = torch.randint(0, 256, rows.shape, dtype=torch.uint8, generator=generator)
-    bytes_VE[bytes_VE & 127 == 127] = 1  # no number, which equals nothing
-    shards = {f"{prefix}shard_{i}.weight": p for i, p in enumerate(bytes_VE.view(FP8).chunk(4))}
-    if whole:
-        shards = dict.fromkeys(shards) | {f"{prefix}weight": bytes_VE.view(FP8)}
-    return {**shards, f"{prefix}weight_scale": scale}
+    return lambda changes, family=QWEN, name="given": written(tmp_path / name, changes, family)
 
 
 def embedded(changes: dict, rows_M: torch.Tensor) -> torch.Tensor:
@@ -109,6 +70,34 @@ def test_a_table_with_one_scale_is_transformers_own_everywhere(checkpoint, tmp_p
             assert values.dtype == wanted.dtype and torch.equal(values, wanted)
         returned = load_file(back / path.name)
         assert len(returned) == 2 and torch.equal(embedded(returned, rows_M), wanted)
+
+
+def test_a_whole_model_that_transformers_opens_holds_the_same_values(tmp_path):
+    """By its own configuration keys; on a CPU it dequantises projections as it loads them."""
+    theirs().save_pretrained(tmp_path)
+    path, scale = tmp_path / "model.safetensors", torch.tensor([0.0021], dtype=torch.bfloat16)
+    tensors = load_file(path)
+    for name, tensor in load_file(path).items():
+        if ".shard_" in name:
+            tensors[name] = (tensor / scale.float()).to(FP8)
+            tensors[name.split("shard_")[0] + "weight_scale"] = scale.clone()
+        elif name.endswith(("ple.key_proj.weight", "ple.value_proj.weight")):
+            tensors[name] = (50 * tensor).to(FP8)
+            tensors[f"{name}_scale_inv"] = torch.ones(1, 1) / 50
+    save_file(tensors, path, {"format": "pt"})
+    record = json.loads((tmp_path / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "modules_to_convert": ["ngram_embedding"]}
+    record |= {"quantization_config": fp8, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    model, released = Qwen4ExpForCausalLM.from_pretrained(tmp_path), Released(tmp_path)
+    for layer in released.layers:
+        ple, table = model.model.layers[layer].ple, released.table(layer)
+        embedding, rows_M = ple.ple_embedding.ngram_embedding, torch.arange(table.rows)
+        assert type(embedding) is FP8Embedding
+        values = table.format.decode(table.gather(rows_M))
+        assert values.any() and torch.equal(values, embedding(rows_M))
+        weights = torch.cat([ple.key_proj.weight, ple.value_proj.weight])
+        assert torch.equal(released.fuse(layer, torch.bfloat16).kv.weight, weights)
 
 
 def test_other_row_formats_are_made_from_the_scaled_values(checkpoint, tmp_path):
@@ -176,9 +165,9 @@ REFUSED = [
     # beside a table
     (lambda: {f"{TABLE}weight_scale": HALF}, "weight_scale scales a table of BF16"),
     (lambda: quantised(1, HALF) | {f"{TABLE}weight_scale": None}, "no .*weight_scale"),
-    (lambda: quantised(1, torch.ones(640, 1)), "weight_scale is torch.float32 of shape"),
-    (lambda: quantised(1, torch.ones(4)), "weight_scale is torch.float32 of shape"),
-    (lambda: quantised(1, HALF.half()), "weight_scale is torch.float16"),
+    (lambda: quantised(1, torch.ones(640, 1)), "weight_scale is F32 of shape"),
+    (lambda: quantised(1, torch.ones(4)), "weight_scale is F32 of shape"),
+    (lambda: quantised(1, HALF.half()), "weight_scale is F16"),
     (lambda: quantised(1, HALF * torch.inf), "weight_scale holds inf"),
     (lambda: quantised(1, -HALF), "weight_scale holds -0.5"),
     (lambda: quantised(1, HALF) | {f"{TABLE}shard_2.weight_scale": HALF}, "shard_2.weight_scale"),
@@ -245,13 +234,6 @@ REFUSED = [
 ]
 
 
-def read_all(directory: Path) -> None:
-    released = Released(directory)
-    layer = released.layers[0]
-    released.parts(layer)
-    released.fuse(layer)
-
-
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m for _, m in REFUSED])
 def test_what_cannot_be_used_is_refused_by_name(checkpoint, changes, message):
     with pytest.raises(EngramError, match=message) as error:
@@ -289,96 +271,6 @@ def test_pack_reads_no_table_whose_projections_cannot_be_read(checkpoint, tmp_pa
     directory = checkpoint({f"{PLE}ple_embedding.layer_multipliers": torch.arange(3)})
     assert main(["pack", str(directory), "--out", str(tmp_path / "out")]) == 2
     assert "layer_multipliers holds [0, 1, 2]" in capsys.readouterr().err
-
-
-def index(directory: Path, names: dict[str, str]) -> None:
-    text = json.dumps({"weight_map": names})
-    (directory / "model.safetensors.index.json").write_text(text)
-
-
-def test_files_that_hold_one_name_are_refused_unless_an_index_decides(checkpoint):
-    """A stale shard beside the one file, or two shards: rows of the one or of the other."""
-    directory = checkpoint({})
-    name = f"{TABLE}shard_0.weight"
-    rows = stored()[name]
-    save_file({name: rows + 1}, directory / "model-00001-of-00002.safetensors")
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"shard_0.weight is in .* and in .*no model.safetens"):
-            read_all(directory)
-        if (directory / "model.safetensors").exists():
-            (directory / "model.safetensors").rename(directory / "one.safetensors")
-    names = dict.fromkeys(stored(), "one.safetensors")
-    for file, more in (("one.safetensors", 0), ("model-00001-of-00002.safetensors", 1)):
-        index(directory, names | {name: file})
-        with Released(directory).table(1, where="disk") as table:
-            found = table.format.decode(table.gather(torch.arange(len(rows))))
-        assert torch.equal(found, rows + more)
-    # One file that the index leaves out is not read, whole or not.
-    save_file({name: rows + 2}, directory / "model.safetensors")
-    with Released(directory).table(1) as table:
-        found = table.format.decode(table.gather(torch.arange(len(rows))))
-    assert torch.equal(found, rows + 1)
-
-
-def test_a_file_beside_that_holds_other_names_or_a_variant_is_nobodys_business(checkpoint):
-    directory = checkpoint({})
-    save_file({"a": ONE}, directory / "adapter_model.safetensors")
-    save_file(stored(), directory / "model.fp16.safetensors")
-    (directory / "half.safetensors").write_bytes(b"half")
-    read_all(directory)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' stands twice"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', r"names the file '../x.safetensors'"),
-        ('{"weight_map": {"a": 5}}', "not an index of weights"),
-        ('{"weight_map": []}', "not an index of weights"),
-    ],
-)
-def test_an_index_that_decides_nothing_is_refused(checkpoint, text, message):
-    directory = checkpoint({})
-    (directory / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_all(directory)
-
-
-def test_what_an_index_promises_and_a_file_lacks_is_refused(checkpoint):
-    for part in ("shard_3.weight", "weight_scale"):
-        changes = quantised(1, HALF)
-        del changes[f"{TABLE}{part}"]
-        directory = checkpoint(
-            changes | ({f"{TABLE}{part}": None} if "shard" in part else {}), name=part
-        )
-        names = dict.fromkeys([*stored(), f"{TABLE}weight_scale"], "model.safetensors")
-        index(directory, names)
-        with pytest.raises(DataError, match=part):
-            Released(directory).parts(1)
-
-
-def test_opening_as_many_names_as_are_released_takes_no_time(checkpoint):
-    """152,089 names, and the table in 128 shards of as many files."""
-    directory = checkpoint({})
-    rows = torch.cat([stored()[f"{TABLE}shard_{i}.weight"] for i in range(4)])
-    names = {name: "model.safetensors" for name in stored() if not name.startswith(TABLE)}
-    for i, part in enumerate(rows.chunk(128)):
-        name, file = f"{TABLE}shard_{i}.weight", f"part-{i}.safetensors"
-        names[name] = file
-        save_file({name: part.clone()}, directory / file)
-    others = range(152_089 - len(names))
-    names |= {f"model.layers.{i % 48}.mlp.{i}.weight": "x.safetensors" for i in others}
-    index(directory, names)
-    begun = time.process_time()
-    released = Released(directory)
-    table = released.table(1, where="disk")
-    fuse = released.fuse(1)
-    assert time.process_time() - begun < 2
-    with table:
-        assert len(table._files) == 128
-        found = table.format.decode(table.gather(torch.arange(table.rows)))
-    assert torch.equal(found, rows)
-    assert fuse.kv.weight.isfinite().all()
 
 
 def test_scales_of_blocks_that_nobody_gave_a_size_are_of_128(checkpoint):

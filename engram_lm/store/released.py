@@ -189,12 +189,13 @@ class Released:
         name = self._stored.name(suffix)
         if not quantised:
             raise MismatchError(f"{name} scales a table of {entry.dtype}: one of F8_E4M3 has one")
-        scale = self._tensor(suffix)
-        if scale.numel() != 1 or scale.dtype not in (torch.bfloat16, torch.float32):
+        shape, stored = self._look(suffix)  # one a row would be a gigabyte
+        if math.prod(shape) != 1 or stored not in ("BF16", "F32"):
             raise MismatchError(
-                f"{name} is {scale.dtype} of shape {tuple(scale.shape)}: one bfloat16 or float32 "
-                "for the whole table can be read"
+                f"{name} is {stored} of shape {shape}: one BF16 or F32 for the whole table can be "
+                "read"
             )
+        scale = self._tensor(suffix)
         if not 0 < float(scale) < math.inf:
             raise MismatchError(f"{name} holds {float(scale)}: a finite scale above 0 is needed")
         return TensorScale(float(scale), scale.dtype)
@@ -315,6 +316,15 @@ class Released:
 
     def _floats(self, suffix: str) -> Tensor:
         return _plain(self._stored.name(suffix), self._tensor(suffix))
+
+    def _look(self, suffix: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype as they are stored."""
+        name = self._stored.name(suffix)
+        try:
+            part = _open(self._files[name]).get_slice(name)
+        except SafetensorError as error:
+            raise DataError(f"{self._files[name]}: {name}: {error}") from error
+        return tuple(part.get_shape()), part.get_dtype()
 
     def _tensor(self, suffix: str) -> Tensor:
         name = self._stored.name(suffix)
