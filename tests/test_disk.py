@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -332,6 +333,43 @@ def test_a_file_that_is_cut_or_written_to_while_open_is_refused(rows):
         os.truncate(region.path, region.end - 10)
         with pytest.raises(DataError, match="ends before byte .* truncated after it had been"):
             store.gather(torch.tensor([len(bytes_VR) - 1]))
+
+
+def cut_and_filled(path: Path) -> None:
+    content = path.read_bytes()
+    os.truncate(path, 100)
+    with path.open("r+b") as file:
+        file.write(content[::-1])
+
+
+def mapped(path: Path) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        view[200] ^= 1
+
+
+@pytest.mark.parametrize("write_to", [cut_and_filled, mapped])
+def test_a_file_whose_time_is_put_back_after_writing_is_refused(rows, write_to):
+    path, state = rows[0].path, rows[0].path.stat()
+    with Disk(FP8, [[rows[0]]]) as store:
+        write_to(path)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert path.stat().st_mtime_ns == state.st_mtime_ns
+        with pytest.raises(DataError, match="rows: it was changed after it had been opened"):
+            store.gather(torch.tensor([1]))
+
+
+def test_a_file_that_is_renamed_or_linked_while_open_keeps_its_bits(rows, tmp_path):
+    region, bytes_VR = rows
+    rows_M = zipf(40_000, 100)
+    with Disk(FP8, [[region]]) as store:
+        (tmp_path / "link").hardlink_to(region.path)
+        assert torch.equal(store.gather(rows_M), bytes_VR[rows_M])
+        (tmp_path / "link").unlink()
+        region.path.rename(tmp_path / "aside")
+        assert torch.equal(store.gather(rows_M), bytes_VR[rows_M])
+        (tmp_path / "aside").write_bytes(b"1" * region.end)
+        with pytest.raises(DataError, match="changed after it had been opened|truncated"):
+            store.gather(rows_M)
 
 
 def test_a_file_that_is_replaced_while_open_keeps_its_bits(rows, tmp_path):

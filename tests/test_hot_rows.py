@@ -118,6 +118,9 @@ def test_any_flipped_byte_of_numbers_and_copies_is_found(tmp_path, capsys):
     assert "block 0 of hot rows: among places 0 to 7" in shown
     (found,) = json.loads(last)["verify"]
     assert (found["damaged"], len(found["damaged_copies"])) == ([], 1)
+    assert found["sha256"] != found["recorded_sha256"] == Packed.open(path).sha256
+    path.write_bytes(whole)
+    assert Packed.open(path).verify() == (found["recorded_sha256"], [], [])
 
 
 def test_copies_that_are_not_the_rows_are_found_though_their_checksum_holds(tmp_path):

@@ -18,12 +18,13 @@ import engram_lm
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.memory.lookup import Memory
-from engram_lm.model import memory_pack
+from engram_lm.model import checksums, memory_pack
 
 # float32 through four layers: sums of a batch are taken in another order than those of one text.
 TOLERANCE = 1e-4
 T, NEW = 21, 10
 FAMILIES = ["llama", "gpt_neox", "mistral", "qwen3_next"]
+LAW_KV = "layers.0.engram.kv.weight"
 CHOICES = ["law", None, ("law", "code"), "code", ("code", "law")]
 
 
@@ -248,6 +249,35 @@ def test_a_pack_is_small_and_whole_or_refused(saved, tmp_path):
         model.load_pack("law", copy)
     with pytest.raises(ConfigError, match="no memory to save"):
         engram_lm.save_pack(model, tmp_path / "none")
+
+
+@pytest.mark.parametrize("memory", [None, "disk"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {"tables.0.weight_scale": torch.ones(1)}, "tables.0.weight_scale"),
+        (lambda w: {LAW_KV: w[LAW_KV].to(torch.float8_e4m3fn)}, "kv.weight is torch.float8_e4m3fn"),
+        (lambda w: {f"{LAW_KV}_scale": torch.ones(1)}, "also hold .*kv.weight_scale"),
+        (lambda w: {LAW_KV: w[LAW_KV][:-1].clone()}, "size mismatch for .*kv.weight"),
+        (lambda w: {LAW_KV: None}, "the weights lack .*kv.weight"),
+    ],
+    ids=str,
+)
+def test_a_pack_that_somebody_quantised_is_refused_by_name(
+    saved, tmp_path, memory, change, message
+):
+    """With checksums of what it is now."""
+    directory = shutil.copytree(saved["llama", "law"][1], tmp_path / "pack")
+    weights = load_file(directory / "model.safetensors")
+    weights |= change(weights)
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(kept, directory / "model.safetensors")
+    checksums.write(directory)
+    model = engram_lm.attach(bare("llama"), None, None)
+    budget = None if memory is None else "1MB"
+    with pytest.raises((DataError, MismatchError), match=message) as error:
+        model.load_pack("law", directory, memory=memory, memory_budget=budget)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.long

@@ -21,6 +21,7 @@ from tiny import tiny_model
 from engram_lm.cli import main
 from engram_lm.errors import DataError, MismatchError
 from engram_lm.memory.rows import DTYPES, RowFormat
+from engram_lm.model import contents
 from engram_lm.store import aside, packed
 from engram_lm.store.aside import Aside
 from engram_lm.store.header import read_header
@@ -116,6 +117,63 @@ def test_weights_of_another_specification_than_their_config_are_refused(capsys, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"model.tables.0.weight_scale": (1,)}, "model.tables.0.weight_scale lies beside a table"),
+        ({"model.tables.2.lora_A": (1,)}, "model.tables.2.lora_A lies beside a table"),
+        ({"tables.0.weight": (1,)}, "tables.0.weight is there twice, as model.tab"),
+        ({"other.seal.sha256": (32,)}, "seal.sha256 is there twice"),
+    ],
+    ids=str,
+)
+def test_what_a_model_of_ours_does_not_hold_beside_its_tables_is_refused(
+    capsys, tmp_path, more, message
+):
+    trainable(tmp_path, 50, 8)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights |= {name: torch.ones(shape) for name, shape in more.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert message in refused(capsys, tmp_path, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_table_of_ours_that_somebody_quantised_is_refused(capsys, tmp_path, dtype):
+    trainable(tmp_path, 50, 8)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.tables.2.weight"] = weights["model.tables.2.weight"].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors")
+    error = refused(capsys, tmp_path, "--out", tmp_path / "out")
+    assert "table of layer 2 is" in error and "of F32, BF16 or F16" in error
+
+
+def test_of_each_file_just_the_tensors_are_read_that_the_index_names_there(tmp_path):
+    """An old copy of a table in a file that is kept for others is not one."""
+    tables = trainable(tmp_path, 50, 8)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    save_file({**weights, "model.tables.0.weight": tables[0] + 1}, tmp_path / "z.safetensors")
+    save_file({"model.tables.0.weight": tables[0]}, tmp_path / "a.safetensors")
+    names = dict.fromkeys(weights, "z.safetensors") | {"model.tables.0.weight": "a.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    source, other = open_sources(tmp_path)
+    assert torch.equal(source.read(0, source.rows).view(torch.float32), tables[0])
+    assert torch.equal(other.read(0, other.rows).view(torch.float32), tables[2])
+    names["model.tables.0.weight"], names["model.tables.2.weight"] = (
+        "z.safetensors",
+        "a.safetensors",
+    )
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(DataError, match=r"no tensor model.tables.2.weight, which .* promises"):
+        open_sources(tmp_path)
+    # transformers would read this one, and the tables came from elsewhere.
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="are of two saves"):
+        open_sources(tmp_path)
+    assert any("are of two saves" in problem for problem in contents.read(tmp_path).problems)
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_dtype_is_packed_as_its_format_encodes(checkpoint, capsys, tmp_path, name):
     directory, tables = checkpoint
@@ -180,6 +238,14 @@ def test_any_flipped_byte_is_found_and_its_block_named(small_blocks, checkpoint,
         file.write(b"\0\0\0\0")
     found = run(capsys, "--verify", path, status=1)["verify"][0]["damaged"]
     assert found == [{"block": 0, "first": 0, "last": block_rows}]
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    hashes = [run(capsys, "--verify", path, status=1)["verify"][0]]
+    path.write_bytes(whole)
+    hashes.append(run(capsys, "--verify", path)["verify"][0])
+    recorded = read_header(path).metadata["header_sha256"]
+    assert [each["recorded_sha256"] for each in hashes] == [recorded, recorded]
+    assert hashes[0]["sha256"] != recorded == hashes[1]["sha256"]
+    path.write_bytes(whole[: region.offset] + b"\0" * len(whole[region.offset :]))
     assert main(["pack", "--verify", str(path)]) == 1
     assert f"block 0: among rows 0 to {block_rows - 1}" in capsys.readouterr().out
 
@@ -200,6 +266,10 @@ def written(path: Path, changes: dict[str, str], **tensor: object) -> None:
     path.write_bytes(content + rows)
 
 
+ONE_SCALE = {"dtype": "fp8", "scale_group": "0"}
+"""And so, of all its rows, tensor_scale."""
+
+
 @pytest.mark.parametrize(
     ("changes", "tensor", "message"),
     [
@@ -216,6 +286,14 @@ def written(path: Path, changes: dict[str, str], **tensor: object) -> None:
         ({"scale_dtype": "f16"}, {}, "scale_dtype='f16'"),
         ({"scale_group": "3"}, {}, "scale_group=3: must divide dim=8"),
         ({"scale_group": "0"}, {}, "int8 rows need scales"),
+        ({"tensor_scale": "0.5"}, {}, "tensor_scale=0.5: only fp8 rows without scales"),
+        ({"tensor_scale": "0.50"}, {}, "tensor_scale='0.50' of scale_dtype='bf16': the shortest"),
+        ({"tensor_scale": "one"}, {}, "tensor_scale='one' of scale_dtype='bf16': the shortest"),
+        ({"tensor_scale": "1.0", "scale_dtype": "none"}, {}, "of scale_dtype='none': the shortest"),
+        ({**ONE_SCALE, "tensor_scale": "0.1"}, {}, "tensor_scale=0.1: a finite torch.bfloat16"),
+        ({**ONE_SCALE, "tensor_scale": "nan"}, {}, "tensor_scale=nan: a finite torch.bfloat16"),
+        ({**ONE_SCALE, "tensor_scale": "1.0", "scale_dtype": "ue8m0"}, {}, "bfloat16 or float32"),
+        (ONE_SCALE, {}, "scale_dtype='bf16': not that of fp8 rows"),
         ({"dim": "16"}, {}, "rows are U8"),
         ({"dim": "8.0"}, {}, "dim='8.0': a whole number"),
         ({"block_rows": "1"}, {}, "for blocks of 1 rows"),

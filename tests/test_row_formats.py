@@ -1,5 +1,6 @@
 """Row formats: bytes and values, against slow references that know one value at a time."""
 
+import math
 import struct
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.memory.rows import DTYPES, RowFormat
+from engram_lm.memory.rows import DTYPES, RowFormat, TensorScale
 
 STEPS = {"int8": 127, "int4": 7}
+ONE = TensorScale(1.0, torch.bfloat16)
 
 
 def e4m3(byte: int) -> float:
@@ -190,6 +192,21 @@ def test_row_bytes_are_those_of_the_page():
     assert sizes == {"fp32": 1024, "bf16": 512, "fp16": 512, "fp8": 264, "int8": 272, "int4": 144}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_scale_of_a_table_multiplies_every_byte_and_rounds_once(dtype):
+    scale = float(torch.tensor(0.000199, dtype=dtype))
+    rows = torch.arange(256, dtype=torch.uint8)[:, None]
+    format = RowFormat(dtype=torch.float8_e4m3fn, dim=1, tensor_scale=TensorScale(scale, dtype))
+    assert (format.row_bytes, format.value_dtype, format.scale_dtype) == (1, dtype, dtype)
+    exact = torch.tensor([e4m3(byte) * scale for byte in range(256)], dtype=torch.float64)
+    found = format.decode(rows)[:, 0]
+    assert found.dtype == dtype and torch.equal(found.isnan(), exact.isnan())
+    # 4 bits of fraction times 24 or 8 of them: exact in float64, and in float32 before bfloat16.
+    assert torch.equal(found.nan_to_num(), exact.to(dtype).nan_to_num())
+    with pytest.raises(ConfigError, match="rows that share one scale are copied, not written"):
+        format.encode(torch.ones(1, 1))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -200,11 +217,18 @@ def test_row_bytes_are_those_of_the_page():
         ({"dtype": torch.bfloat16, "scale_group": 4}, "bf16 rows have no scales"),
         ({"dtype": torch.float8_e4m3fn, "scale_group": 3}, "scale_group=3: must divide dim=8"),
         ({"dtype": torch.float8_e4m3fn, "scale_group": 0}, "scale_group=0: must divide dim=8"),
+        ({"dtype": torch.bfloat16, "tensor_scale": ONE}, "tensor_scale=1.0: only fp8 rows"),
+        ({"tensor_scale": ONE, "scale_group": 4}, "tensor_scale=1.0: only fp8 rows without scales"),
+        ({"tensor_scale": TensorScale(1.0, torch.float16)}, "bfloat16 or float32"),
+        ({"tensor_scale": TensorScale(0.1, torch.bfloat16)}, "tensor_scale=0.1: a finite torch.bf"),
+        ({"tensor_scale": TensorScale(0.0, torch.float32)}, "tensor_scale=0.0: a finite"),
+        ({"tensor_scale": TensorScale(math.nan, torch.float32)}, "tensor_scale=nan: a finite"),
+        ({"tensor_scale": TensorScale(math.inf, torch.bfloat16)}, "tensor_scale=inf: a finite"),
         ({"dtype": torch.float32, "dim": 0}, "dim=0"),
     ],
 )
 def test_a_format_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
-        RowFormat(**{"dim": 8, **fields})
+        RowFormat(**{"dtype": torch.float8_e4m3fn, "dim": 8, **fields})
     with pytest.raises(ConfigError, match="dtype='fp7': accepted are fp32, bf16"):
         RowFormat.named("fp7", 8)

@@ -32,6 +32,7 @@ from engram_lm.model import (
     checksums,
     contents,
 )
+from engram_lm.store.weights import INDEX
 
 FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "modeling_engram_lm.py"),
@@ -533,6 +534,29 @@ def test_info_finds_missing_and_extra_shards(tmp_path):
     states = {file.name: file.state for file in found.files}
     assert states[second.name] == "missing" and states["model-copy.safetensors"] == "extra"
     assert {f"missing: {second.name}"} < set(found.problems)
+
+
+@pytest.mark.parametrize("stale", ["model.safetensors", "z.safetensors"])
+def test_stale_weights_beside_an_index_are_found_and_not_opened(tmp_path, stale):
+    """transformers reads the one file first, and of a name that two shards hold the last."""
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    name = "model.tables.0.weight"
+    names = dict.fromkeys(weights, "z.safetensors") | {name: "a.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    others = {each: weight for each, weight in weights.items() if each != name}
+    save_file({name: weights[name]}, tmp_path / "a.safetensors", {"format": "pt"})
+    save_file(others, tmp_path / "z.safetensors", {"format": "pt"})
+    found = EngramLMForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(found.state_dict()[name], weights[name])
+    save_file({**others, name: weights[name] + 1}, tmp_path / stale, {"format": "pt"})
+    for options in ({}, {"memory": "disk", "memory_budget": "1MB"}):
+        with pytest.raises(DataError, match="transformers would read the last|of two saves"):
+            EngramLMForCausalLM.from_pretrained(tmp_path, **options)
+    problems = [line for line in contents.read(tmp_path).problems if line.startswith("twice: ")]
+    assert problems or stale == "model.safetensors"
 
 
 def test_info_of_a_directory_without_checksums_or_specification_says_so(saved):

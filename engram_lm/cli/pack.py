@@ -196,12 +196,14 @@ def _verify(arguments: argparse.Namespace) -> int:
             size = sum(region.end - region.offset for region in regions)
             task = bar.add_task(path.name, total=size)
             advance = partial(bar.advance, task)
-            damaged = [each._asdict() for each in packed.damaged(advance)]
-            copies = [each._asdict() for each in packed.damaged_copies(advance)]
+            verified = packed.verify(advance)
+        damaged = [each._asdict() for each in verified.damaged]
+        copies = [each._asdict() for each in verified.damaged_copies]
         files.append(
             {
                 "file": str(path),
-                "sha256": packed.sha256,
+                "sha256": verified.sha256,
+                "recorded_sha256": packed.sha256,
                 "damaged": damaged,
                 "damaged_copies": copies,
             }

@@ -33,6 +33,14 @@ _LEAST_EXPONENT = 10
 """ue8m0 byte below which e4m3's smallest value would be no normal float32."""
 
 
+class TensorScale(NamedTuple):
+    """One scale of all values of a table."""
+
+    value: float
+    dtype: torch.dtype
+    """bfloat16 or float32: in it the scale is written and a value is multiplied."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
     """The bytes of one row: `dim` values of `dtype`, then one scale per `scale_group` values.
@@ -40,12 +48,14 @@ class RowFormat:
     All little-endian. Values: floats as they are, two's complement integers; of int4 two a byte,
     the first in its low half. Scales: of fp8 one ue8m0 byte b, which stands for 2^(b - 127)
     (DeepSeek-V4.1 has a group of 32: 264 B); of int8 and int4, which need them, a bfloat16.
-    docs/table-format.md draws it. Raises ConfigError.
+    tensor_scale: of fp8 rows without scales of their own (Qwen3.8-Flash-Next-FP8: 160 B), the one
+    of the whole table, which no row holds. docs/table-format.md draws it. Raises ConfigError.
     """
 
     dtype: torch.dtype
     dim: int
     scale_group: int | None = None
+    tensor_scale: TensorScale | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
@@ -65,6 +75,21 @@ class RowFormat:
             raise ConfigError(f"scale_group={self.scale_group}: {self.name} rows have no scales")
         elif self.scale_group < 1 or self.dim % self.scale_group:
             raise ConfigError(f"scale_group={self.scale_group}: must divide dim={self.dim}")
+        if self.tensor_scale is not None:
+            self._check(self.tensor_scale)
+
+    def _check(self, scale: TensorScale) -> None:
+        if self.dtype != torch.float8_e4m3fn or self.scale_group is not None:
+            raise ConfigError(
+                f"tensor_scale={scale.value!r}: only fp8 rows without scales of their own have one"
+            )
+        if scale.dtype not in (torch.bfloat16, torch.float32):
+            raise ConfigError(f"tensor_scale of {scale.dtype}: bfloat16 or float32")
+        written = float(torch.tensor(scale.value, dtype=scale.dtype))
+        if not 0 < scale.value < math.inf or written != scale.value:
+            raise ConfigError(
+                f"tensor_scale={scale.value!r}: a finite {scale.dtype} above 0 is needed"
+            )
 
     @classmethod
     def named(cls, name: str, dim: int) -> "RowFormat":
@@ -83,7 +108,9 @@ class RowFormat:
 
     @property
     def scale_dtype(self) -> torch.dtype | None:
-        """Of a row's scales; None where it has none."""
+        """Of a row's scales, or of the table's; None where there are none."""
+        if self.tensor_scale is not None:
+            return self.tensor_scale.dtype
         if self.scale_group is None:
             return None
         return torch.bfloat16 if self.dtype in _STEPS else torch.float8_e8m0fnu
@@ -91,6 +118,8 @@ class RowFormat:
     @property
     def value_dtype(self) -> torch.dtype:
         """Of what `decode` gives."""
+        if self.tensor_scale is not None:
+            return self.tensor_scale.dtype
         if self.scale_group is None:
             return self.dtype
         return torch.float32 if self.dtype in _STEPS else torch.bfloat16
@@ -109,12 +138,16 @@ class RowFormat:
 
     def decode(self, bytes_MR: Tensor) -> Tensor:
         """(M, R) uint8 -> (M, E) values: of `dtype` as they are, or scaled, then in bfloat16 (fp8)
-        or float32 (int8, int4).
+        or float32 (int8, int4), or in the dtype of the table's one scale.
 
-        A value times its scale is exact there, in bfloat16 short of its ends. On a CPU fp8 takes
-        the compiled way (rows_numba.py) where numba is installed, to the same bits.
+        A value times its scale is exact there, in bfloat16 short of its ends. Times the table's one
+        scale it is rounded once, as in transformers' FP8Embedding. On a CPU fp8 with scales in rows
+        takes the compiled way (rows_numba.py) where numba is installed, to the same bits.
         """
         assert bytes_MR.dtype == torch.uint8 and bytes_MR.shape[-1] == self.row_bytes
+        if self.tensor_scale is not None:
+            scale, dtype = self.tensor_scale
+            return bytes_MR.view(self.dtype).to(dtype) * scale
         if self.scale_group is None:
             return bytes_MR.view(self.dtype)
         if self.dtype == torch.float8_e4m3fn and bytes_MR.device.type == "cpu":
@@ -145,9 +178,12 @@ class RowFormat:
         """(M, E) floats -> (M, R) uint8: the nearest that can be written; ties go to even.
 
         A group's scale is the smallest that leaves its largest value within range: of fp8 a power
-        of two, of int8 and int4 any bfloat16. DataError where a value is not finite or too large.
+        of two, of int8 and int4 any bfloat16. DataError where a value is not finite or too large,
+        ConfigError for rows that share one scale with their table: nothing is written so.
         """
         assert values_ME.shape[-1] == self.dim
+        if self.tensor_scale is not None:
+            raise ConfigError("tensor_scale: rows that share one scale are copied, not written")
         values_ME = values_ME.float()
         scaled = self.scale_group is not None
         # Scaled values stay below what bfloat16 and a scale rounded up can reach.

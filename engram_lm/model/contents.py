@@ -27,6 +27,7 @@ from engram_lm.model.checksums import SPECIFICATION, Checked
 from engram_lm.model.directory import UNREADABLE, check_tokenizer, compare, first
 from engram_lm.model.memory_pack import MemoryPack, record_of
 from engram_lm.model.seal import digest
+from engram_lm.store.weights import INDEX, SINGLE, check_one_save, weight_files
 
 _KINDS = (CAUSAL_LMS, DECODERS)
 
@@ -122,19 +123,24 @@ class _Tensor:
 
 def _tensors(directory: Path, problems: list[str]) -> dict[str, _Tensor]:
     """Every tensor of the weights, by the headers of the files that from_pretrained reads."""
-    paths = [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if not paths[0].exists() and index.exists():
-        with _noting(problems, index.name):
-            weights = json.loads(index.read_text())["weight_map"]
-            paths = [directory / name for name in sorted(set(weights.values()))]
+    with _noting(problems, SINGLE):
+        check_one_save(directory)
+    paths = [directory / SINGLE]
+    if not paths[0].exists() and (directory / INDEX).exists():
+        with _noting(problems, INDEX):
+            paths = sorted(set(weight_files(directory).values()))
     tensors: dict[str, _Tensor] = {}
     for path in paths:
         if not path.exists():
             problems.append(f"missing: {path.name}")
             continue
         with _noting(problems, path.name):
-            tensors |= _header(path)
+            found = _header(path)
+            twice = sorted(found.keys() & tensors.keys())
+            if twice:
+                other = tensors[twice[0]].path.name
+                problems.append(f"twice: {first(twice)} in {other} and {path.name}")
+            tensors |= found
     return tensors
 
 

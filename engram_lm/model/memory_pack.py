@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from engram_lm.model import checksums, serve
 from engram_lm.model.checksums import SPECIFICATION
 from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.seal import Seal
+from engram_lm.store.dequantize import PLAIN
 from engram_lm.store.weights import SINGLE
 
 TABLES = "tables."
@@ -105,16 +106,19 @@ class MemoryPack(nn.Module):
                 for key in file.keys()  # noqa: SIM118
                 if budget is None or not key.startswith(TABLES)
             }
+        kept = [f"{TABLES}{layer}.weight" for layer in kind.specification.layers]
+        kept = kept if budget is None else []
+        _check_weights(path, {*pack.state_dict(), *kept}, weights)
         if budget is None:
-            pack.hold_tables(
-                kind,
-                [weights[f"{TABLES}{layer}.weight"].dtype for layer in kind.specification.layers],
-            )
+            pack.hold_tables(kind, [weights[name].dtype for name in kept])
         else:
             pack.served = serve.open_rows(kind, path, tables, budget)
             weakref.finalize(pack, pack.served.close)
         pack.seal.set(pack.addresses.specification.digest)
-        pack.load_state_dict(weights)
+        try:
+            pack.load_state_dict(weights)
+        except RuntimeError as error:  # shapes
+            raise MismatchError(f"{path}: {' '.join(str(error).split())}") from error
         return pack.requires_grad_(False).eval()
 
     def hold_tables(self, memory: MemoryConfig, dtypes: Iterable[torch.dtype]) -> None:
@@ -150,6 +154,19 @@ def _check_vocabulary(path: Path, recorded: int, size: int, canonical: Canonical
             "same with tokens added at the end",
             stacklevel=3,
         )
+
+
+def _check_weights(path: Path, wanted: set[str], weights: Mapping[str, torch.Tensor]) -> None:
+    """MismatchError for a tensor that is missing, is one too many (a quantiser's scale), or is no
+    float: what it would become is not what it stands for."""
+    for names, words in ((wanted - set(weights), "lack"), (set(weights) - wanted, "also hold")):
+        if names:
+            raise MismatchError(f"{path}: the weights {words} {min(names)}")
+    for name, weight in weights.items():
+        if name.split(".")[0] != "seal" and weight.dtype not in PLAIN:
+            raise MismatchError(
+                f"{path}: {name} is {weight.dtype}: float32, bfloat16 or float16 is needed"
+            )
 
 
 def save_pack(model: Any, directory: str | os.PathLike[str]) -> None:

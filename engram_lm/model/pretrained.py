@@ -22,6 +22,7 @@ from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
 from engram_lm.model.adapters import adapters_aside, has_adapter
 from engram_lm.model.identity import NO_NAME, UNSAVED
+from engram_lm.store.weights import check_as_transformers_reads
 
 NEVER_QUANTISED = "engram.kv"
 """A Linear that quantisers of a backbone, who know no other, would take for one of its own."""
@@ -117,6 +118,9 @@ class MemoryPreTrained(PreTrainedModel):
         canonical = directory.canonical_map(path, tokenizer, kwargs)
         if budget is not None and canonical is None:
             raise ConfigError(f"{path}: memory='disk', and the model has no memory")
+        home = Path(path, kwargs.get("subfolder") or "")
+        if home.is_dir() and kwargs.get("variant") is None:
+            check_as_transformers_reads(home)
         elsewhere = nullcontext() if budget is None else serve.rows_in_files()
         try:
             # Sizes are compared below, where the error can say which and how.

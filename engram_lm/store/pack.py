@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor, cat
+from torch import Tensor
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.rows import RowFormat
@@ -36,6 +37,7 @@ _NAMES = {
     "trainable": "model.tables.{}.weight",
 }
 _SCALES = "layers.{}.engram.embed.scale"
+_TENSOR_SCALE = "layers.{}.ple.ple_embedding.ngram_embedding.weight_scale"
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3"}
 
 
@@ -62,18 +64,21 @@ def pack(
     identity = hashlib.sha256(head + source.identity.encode() + hot.tobytes()).hexdigest()
     step, rows = label.block_rows, label.rows
     begin = len(head) + len(hot) * (NUMBER_BYTES + format.row_bytes)
+    end = begin + rows * format.row_bytes
+    behind = b"" if layout == "packed" else _tensor_scale(format)
     if path.exists():
         if aside.recorded(path, identity) < label.blocks:
             raise DataError(f"{path}: is there already; remove it, or write elsewhere")
         if progress is not None:
             progress(rows * format.row_bytes)
         return
-    with Aside(path, begin + rows * format.row_bytes, identity) as file:
+    with Aside(path, end + len(behind), identity) as file:
         checksums = checksums_at(head) if layout == "packed" else 0
         copies = _Copies(file, len(head) + hot.nbytes, hot, format.row_bytes)
         digests = ""
         if not file.done:
             file.write(0, head + hot.tobytes())
+            file.write(end, behind)
         elif layout == "packed":
             digests = file.read(checksums, DIGITS * file.done).decode()
         if progress is not None:
@@ -157,7 +162,7 @@ def converted(source: Source, format: RowFormat, first: int, last: int) -> Tenso
             parts.append(format.encode(values_ME))
         except DataError as error:
             raise DataError(f"layer {source.layer}, from row {start} on: {error}") from error
-    return cat(parts)
+    return torch.cat(parts)
 
 
 def check_layout(layout: str, format: RowFormat) -> None:
@@ -167,8 +172,9 @@ def check_layout(layout: str, format: RowFormat) -> None:
     if layout == "packed":
         return
     scaled = format.scale_group is not None
-    if format.name not in _DTYPES or scaled != (layout == "deepseek-v4.1"):
-        kind = "fp8 with scales" if layout == "deepseek-v4.1" else "fp32, bf16 or fp16"
+    bare = format.name == "fp8" and format.scale_dtype is None
+    if format.name not in _DTYPES or scaled != (layout == "deepseek-v4.1") or bare:
+        kind = "fp8 with scales in rows" if layout == "deepseek-v4.1" else "fp32, bf16 or fp16"
         raise ConfigError(f"dtype={format.name}: a {layout} table is {kind}: give a --dtype")
     if layout == "trainable" and format.name not in ("fp32", "bf16"):
         raise ConfigError(f"dtype={format.name}: a trainable table is fp32 or bf16")
@@ -191,8 +197,22 @@ def _header(label: Label, layout: str) -> bytes:
             "shape": (rows, format.dim // format.scale_group),
             "data_offsets": (end, rows * format.row_bytes),
         }
+    if format.tensor_scale is not None:
+        tensors[_TENSOR_SCALE] = {
+            "dtype": {torch.bfloat16: "BF16", torch.float32: "F32"}[format.tensor_scale.dtype],
+            "shape": (1,),
+            "data_offsets": (end, end + format.tensor_scale.dtype.itemsize),
+        }
     record: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     record |= {name.format(label.layer): entry for name, entry in tensors.items()}
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _tensor_scale(format: RowFormat) -> bytes:
+    """The table's one scale as it is written behind its rows; nothing where it has none."""
+    if format.tensor_scale is None:
+        return b""
+    value, dtype = format.tensor_scale
+    return torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()

@@ -10,7 +10,7 @@ Shapes: V rows of the table, R bytes per row.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
-from engram_lm.memory.rows import DTYPES, RowFormat
+from engram_lm.memory.rows import DTYPES, RowFormat, TensorScale
 from engram_lm.memory.specification import Specification
 from engram_lm.store.disk import Disk
 from engram_lm.store.header import Header, read_header
@@ -32,7 +32,14 @@ BLOCK_BYTES = 2**20
 """Of rows, about: what is read to check a row. 101 GB then have 6 MB of checksums."""
 PAGE = 4096
 """Rows begin at a multiple of it, so that blocks can be read without the page cache."""
-SCALES = {"ue8m0": torch.float8_e8m0fnu, "bf16": torch.bfloat16, "none": None}
+SCALES = {
+    "ue8m0": torch.float8_e8m0fnu,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "none": None,
+}
+TENSOR_SCALE_KEY = "tensor_scale"
+"""There where a table has one scale for all its rows."""
 HOT_KEY = "hot_sha256"
 """There where hot rows are."""
 
@@ -42,6 +49,7 @@ _KEYS = (
 )
 _SEALED = b'"header_sha256":"'
 _CHECKSUMS = b'"block_sha256":"'
+_COPIES = b'"hot_sha256":"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +91,8 @@ class Label:
             "0" * DIGITS * self.blocks if block_sha256 is None else block_sha256,
         )
         metadata, row_bytes = dict(zip(_KEYS, values, strict=True)), self.format.row_bytes
+        if self.format.tensor_scale is not None:
+            metadata[TENSOR_SCALE_KEY] = repr(self.format.tensor_scale.value)
         tensors: list[tuple[str, str, tuple[int, ...], int]] = []
         if hot:
             zeros = "0" * DIGITS * (1 + -(-hot // self.block_rows))
@@ -112,8 +122,11 @@ def checksums_at(header: bytes) -> int:
 
 
 def _sealed(header: bytes, digits: str) -> bytes:
-    place = header.index(_SEALED) + len(_SEALED)
-    return header[:place] + digits.encode() + header[place + DIGITS :]
+    return _with(header, header.index(_SEALED) + len(_SEALED), digits)
+
+
+def _with(header: bytes, place: int, digits: str) -> bytes:
+    return header[:place] + digits.encode() + header[place + len(digits) :]
 
 
 class Damage(NamedTuple):
@@ -122,6 +135,15 @@ class Damage(NamedTuple):
     block: int
     first: int
     last: int
+
+
+class Verified(NamedTuple):
+    """What a file holds, by reading all of it."""
+
+    sha256: str
+    """Of the header with the checksums of what was read: that of the file itself if it is whole."""
+    damaged: list[Damage]
+    damaged_copies: list[Damage]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +157,7 @@ class Packed:
     block_sha256: str
     """64 hex digits a block."""
     sha256: str
-    """Of the header, and through the checksums in it of every row."""
+    """As recorded: of the header, and through the checksums in it of every row."""
     hot: Hot | None = None
 
     @classmethod
@@ -156,7 +178,7 @@ class Packed:
         if given.get("version") != VERSION:
             _refuse(path, f"version={given.get('version')!r}: version {VERSION!r} is read")
         hot = NUMBERS in header.tensors
-        if wrong := set(given) ^ {*_KEYS, *((HOT_KEY,) if hot else ())}:
+        if wrong := (set(given) - {TENSOR_SCALE_KEY}) ^ {*_KEYS, *((HOT_KEY,) if hot else ())}:
             _refuse(path, f"metadata key {min(wrong)!r}: just {', '.join(_KEYS)} are needed")
         if list(header.tensors) not in ([TENSOR], [NUMBERS, COPIES, TENSOR]):
             _refuse(
@@ -196,25 +218,31 @@ class Packed:
             hot=Hot.open(header.tensors, region, block_rows, given[HOT_KEY]) if hot else None,
         )
 
+    def verify(self, progress: Callable[[int], None] | None = None) -> "Verified":
+        """Reads everything once, rows that have copies twice, and says what it found.
+
+        progress: called with the bytes of each block. DataError where the file cannot be read.
+        """
+        measured = {"block_sha256": "", HOT_KEY: ""}
+        damaged, copies = [], []
+        for damage, digits in self._blocks(progress):
+            measured["block_sha256"] += digits
+            damaged += [damage] if damage else []
+        for damage, digits in self._copies(progress):
+            measured[HOT_KEY] += digits
+            copies += [damage] if damage else []
+        header = _header(self.region.path)
+        header = _with(header, checksums_at(header), measured["block_sha256"])
+        if self.hot is not None:  # behind the digits of the numbers, which are checked on opening
+            header = _with(header, header.index(_COPIES) + len(_COPIES) + DIGITS, measured[HOT_KEY])
+        return Verified(seal(header), damaged, copies)
+
     def damaged(self, progress: Callable[[int], None] | None = None) -> Iterator[Damage]:
         """Reads every row once and names the blocks that are not what their checksums say.
 
         progress: called with the bytes of each block. DataError where the file cannot be read.
         """
-        region, size = self.region, self.block_rows * self.region.row_bytes
-        try:
-            with region.path.open("rb", buffering=0) as file:
-                file.seek(region.offset)
-                for block, first in enumerate(range(0, region.rows, self.block_rows)):
-                    last = min(first + self.block_rows, region.rows)
-                    content = file.read(min(size, (last - first) * region.row_bytes))
-                    digits = self.block_sha256[DIGITS * block : DIGITS * (block + 1)]
-                    if hashlib.sha256(content).hexdigest() != digits:
-                        yield Damage(block, first, last)
-                    if progress is not None:
-                        progress(len(content))
-        except OSError as error:
-            raise DataError(f"{region.path}: {error.strerror}") from error
+        return (damage for damage, _ in self._blocks(progress) if damage is not None)
 
     def damaged_copies(self, progress: Callable[[int], None] | None = None) -> Iterator[Damage]:
         """Reads every copy of a hot row, and that row, and names the blocks of copies that are not
@@ -222,15 +250,49 @@ class Packed:
 
         progress: called with the bytes of each block. DataError where the file cannot be read.
         """
+        return (damage for damage, _ in self._copies(progress) if damage is not None)
+
+    def _blocks(
+        self, progress: Callable[[int], None] | None
+    ) -> Iterator[tuple[Damage | None, str]]:
+        """Of each block: its damage, and the SHA-256 of what is there."""
+        region, size = self.region, self.block_rows * self.region.row_bytes
+        try:
+            with region.path.open("rb", buffering=0) as file:
+                file.seek(region.offset)
+                for block, first in enumerate(range(0, region.rows, self.block_rows)):
+                    last = min(first + self.block_rows, region.rows)
+                    content = file.read(min(size, (last - first) * region.row_bytes))
+                    digits = hashlib.sha256(content).hexdigest()
+                    whole = digits == self.block_sha256[DIGITS * block : DIGITS * (block + 1)]
+                    yield None if whole else Damage(block, first, last), digits
+                    if progress is not None:
+                        progress(len(content))
+        except OSError as error:
+            raise DataError(f"{region.path}: {error.strerror}") from error
+
+    def _copies(
+        self, progress: Callable[[int], None] | None
+    ) -> Iterator[tuple[Damage | None, str]]:
         if self.hot is None:
             return
         with Disk(self.label.format, [[self.region]]) as table:
             for block, first in enumerate(range(0, self.hot.region.rows, self.block_rows)):
                 rows_M, bytes_MR, whole = self.hot.block(block)
-                if not whole or not bytes_MR.equal(table.gather(rows_M)):
-                    yield Damage(block, first, first + len(rows_M))
+                whole = whole and bytes_MR.equal(table.gather(rows_M))
+                digits = hashlib.sha256(bytes_MR.numpy().tobytes()).hexdigest()
+                yield None if whole else Damage(block, first, first + len(rows_M)), digits
                 if progress is not None:
                     progress(bytes_MR.nbytes)
+
+
+def _header(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            return start + file.read(int.from_bytes(start, "little"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
 
 
 def _check_seal(path: Path, length: int, recorded: str) -> None:
@@ -255,12 +317,34 @@ def _label(path: Path, header: Header) -> Label:
     if given["dtype"] not in DTYPES:
         _refuse(path, f"dtype={given['dtype']!r}: accepted are {', '.join(DTYPES)}")
     try:
-        format = RowFormat(dtype=DTYPES[given["dtype"]], dim=dim, scale_group=group or None)
+        format = RowFormat(
+            dtype=DTYPES[given["dtype"]],
+            dim=dim,
+            scale_group=group or None,
+            tensor_scale=_tensor_scale(path, given),
+        )
     except ConfigError as error:
         _refuse(path, str(error))
     if given["scale_dtype"] not in SCALES or SCALES[given["scale_dtype"]] != format.scale_dtype:
         _refuse(path, f"scale_dtype={given['scale_dtype']!r}: not that of {format.name} rows")
     return Label(specification=specification, layer=layer, format=format)
+
+
+def _tensor_scale(path: Path, given: Mapping[str, str]) -> TensorScale | None:
+    text, dtype = given.get(TENSOR_SCALE_KEY), SCALES.get(given["scale_dtype"])
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if dtype is None or repr(value) != text:
+        _refuse(
+            path,
+            f"{TENSOR_SCALE_KEY}={text!r} of scale_dtype={given['scale_dtype']!r}: the shortest "
+            "decimal of a bf16 or fp32 above 0 is needed",
+        )
+    return TensorScale(value, dtype)
 
 
 def _natural(path: Path, name: str, text: str) -> int:

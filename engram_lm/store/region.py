@@ -48,3 +48,12 @@ class Region:
         if count < length:
             raise DataError(f"{self.path}: ends before its rows do: truncated")
         return torch.frombuffer(content, dtype=torch.uint8).view(-1, self.row_bytes)
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to, its time put back or not. DataError."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns

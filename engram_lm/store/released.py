@@ -6,26 +6,27 @@ in shards). Out: a MemoryConfig, a Fuse with its weights, and the rows of each t
 Shapes: V rows, E values per row, S streams, D width, M memory width, K taps of the convolution.
 """
 
-import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engram_lm.config import FusionConfig, MemoryConfig, deepseek_v41, qwen4_exp
 from engram_lm.errors import ConfigError, DataError, MismatchError, instance
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse
-from engram_lm.memory.rows import RowFormat, RowStore
+from engram_lm.memory.rows import RowFormat, RowStore, TensorScale
+from engram_lm.store.dequantize import PLAIN, block_size, dequantize_blocks, dequantized
 from engram_lm.store.disk import Disk
 from engram_lm.store.header import Entry, Header, read_header
-from engram_lm.store.region import Region
+from engram_lm.store.memory_names import INPUT_SCALES, WEIGHT_SCALES, MemoryNames
+from engram_lm.store.region import Region, stamp
+from engram_lm.store.released_config import deepseek_memory, key, qwen_memory, read_json
 from engram_lm.store.resident import Resident
 from engram_lm.store.weights import INDEX, weight_files
 
@@ -45,26 +46,30 @@ class Released:
 
     Raises DataError for files that are missing or damaged, ConfigError for a family or a value that
     is not known, MismatchError where constants stored beside the weights are not those of the
-    specification.
+    specification. A tensor of a layer's memory that is not known is refused by name (DataError)
+    when the layer is first read.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         instance("directory", directory, str, os.PathLike)
         self.directory = Path(directory)
-        record = _json(self.directory / "config.json")
+        record = read_json(self.directory / "config.json")
         text = record.get("text_config", record)
         if "engram_layer_ids" in text:
             self.family = "deepseek-v4.1"
-            self.memory, self.streams = _deepseek(text), int(_key(text, "hc_mult"))
+            self.memory, self.streams = deepseek_memory(text), int(key(text, "hc_mult"))
         elif text.get("ple_layer_ids"):
             self.family = "qwen4-exp"
-            self.memory, self.streams = _qwen(text), int(text.get("hc_count", 4))
+            self.memory, self.streams = qwen_memory(text), int(text.get("hc_count", 4))
         else:
             raise ConfigError(
                 f"{self.directory}: config.json has neither engram_layer_ids (DeepSeek-V4.1) nor "
                 "ple_layer_ids (Qwen4-Exp)"
             )
-        self.width = int(_key(text, "hidden_size"))
+        self.width = int(key(text, "hidden_size"))
+        self._block = block_size(
+            record.get("quantization_config") or text.get("quantization_config")
+        )
         self._canonical_ids = text.get("engram_compressed_vocab_size")
         self.token_ids = int(text.get("vocab_size") or 0)
         """The model's, which may be more than its tokenizer's; 0 where it does not say."""
@@ -109,6 +114,11 @@ class Released:
                     f"layer {layer}: {name} has {weights[name].numel()} values, the "
                     f"configuration gives it shape {tuple(parameter.shape)}"
                 )
+            if weights[name].dim() > 1 and weights[name].shape[-1] != parameter.shape[-1]:
+                raise MismatchError(
+                    f"layer {layer}: {name} is stored with shape {tuple(weights[name].shape)}, the "
+                    f"configuration gives it {tuple(parameter.shape)}"
+                )
             weights[name] = weights[name].reshape(parameter.shape).to(dtype).contiguous()
         fuse.load_state_dict(weights, assign=True)
         return fuse
@@ -121,9 +131,9 @@ class Released:
         """
         if where not in ("memory", "disk"):
             raise ConfigError(f"where={where!r}: 'memory' or 'disk'")
-        format, parts = self.parts(layer)
-        disk = Disk(format, parts)
-        if self.parts(layer) != (format, parts):
+        headers: dict[Path, _Stamped] = {}
+        disk = Disk(*self._parts(layer, headers))
+        if any(stamp(path) != stamped.stamp for path, stamped in headers.items()):
             disk.close()
             raise DataError(f"{self.directory}: a file was replaced while it was being opened")
         if where == "disk":
@@ -134,22 +144,34 @@ class Released:
     def parts(self, layer: int) -> tuple[RowFormat, list[list[Region]]]:
         """How rows of one layer's table are written, and where: lists that stand side by side, of
         regions that follow each other."""
+        return self._parts(layer, {})
+
+    def _parts(
+        self, layer: int, headers: dict[Path, "_Stamped"]
+    ) -> tuple[RowFormat, list[list[Region]]]:
         self._check_layer(layer)
         prefix = f"layers.{layer}."
         if self.family == "deepseek-v4.1":
-            values, value = self._place([prefix + "engram.embed.weight"])
-            scales, scale = self._place([prefix + "engram.embed.scale"])
+            values, value = self._place([prefix + "engram.embed.weight"], headers)
+            scales, scale = self._place([prefix + "engram.embed.scale"], headers)
             dim, scales_dim = value.shape[1], scale.shape[1]
             if not scales_dim or dim % scales_dim or scale.dtype not in ("F8_E8M0", "U8"):
                 raise MismatchError(
                     f"layer {layer}: {scales_dim} {scale.dtype} scales for rows of {dim} values: "
                     "one e8m0 for each equal group is needed"
                 )
-            format = RowFormat(dtype=_dtype(value), dim=dim, scale_group=dim // scales_dim)
+            dtype = _dtype(prefix + "engram.embed.weight", value)
+            format = RowFormat(dtype=dtype, dim=dim, scale_group=dim // scales_dim)
             parts = [values, scales]
         else:
-            values, value = self._place(self._shards(prefix + "ple.ple_embedding.ngram_embedding"))
-            format = RowFormat(dtype=_dtype(value), dim=value.shape[1])
+            table = prefix + "ple.ple_embedding.ngram_embedding"
+            shards = self._stored.shards(table)
+            values, value = self._place(shards, headers)
+            format = RowFormat(
+                dtype=_dtype(shards[0], value),
+                dim=value.shape[1],
+                tensor_scale=self._tensor_scale(table, value),
+            )
             parts = [values]
         stored = sum(region.rows for region in values)
         rows = self.memory.specification.table_rows(layer)
@@ -160,29 +182,73 @@ class Released:
             )
         return format, parts
 
+    def _tensor_scale(self, table: str, entry: Entry) -> TensorScale | None:
+        """The one scale of an fp8 table (Qwen3.8-Flash-Next-FP8)."""
+        suffix, quantised = f"{table}.weight_scale", entry.dtype == "F8_E4M3"
+        if not self._stored.there(suffix) and not quantised:
+            return None
+        if not self._stored.there(suffix):
+            raise DataError(f"{self.directory}: {table} is {entry.dtype}, and there is no {suffix}")
+        name = self._stored.name(suffix)
+        if not quantised:
+            raise MismatchError(f"{name} scales a table of {entry.dtype}: one of F8_E4M3 has one")
+        shape, stored = self._look(suffix)  # one a row would be a gigabyte
+        if math.prod(shape) != 1 or stored not in ("BF16", "F32"):
+            raise MismatchError(
+                f"{name} is {stored} of shape {shape}: one BF16 or F32 for the whole table can be "
+                "read"
+            )
+        scale = self._tensor(suffix)
+        if not 0 < float(scale) < math.inf:
+            raise MismatchError(f"{name} holds {float(scale)}: a finite scale above 0 is needed")
+        return TensorScale(float(scale), scale.dtype)
+
+    def _projection(self, prefix: str) -> Tensor:
+        """A weight as it is, or of fp8 its values times their scales."""
+        name, weight = self._stored.name(f"{prefix}.weight"), self._tensor(f"{prefix}.weight")
+        scales, inputs = (
+            [scale for each in names if self._stored.there(scale := f"{prefix}.{each}")]
+            for names in (WEIGHT_SCALES, INPUT_SCALES)
+        )
+        if weight.dtype != torch.float8_e4m3fn:
+            for scale in (*scales, *inputs):
+                raise MismatchError(f"{self._stored.name(scale)} scales a weight of {weight.dtype}")
+            return _plain(name, weight)
+        if len(scales) != 1:
+            raise DataError(
+                f"{self.directory}: {name} is fp8 and has {len(scales)} scales"
+                f"{''.join(f', {each}' for each in scales)}: one tensor of them is needed"
+            )
+        if weight.dim() != 2:
+            raise MismatchError(f"{name} has shape {tuple(weight.shape)}: a matrix is needed")
+        values = self._tensor(scales[0])
+        try:
+            if self.family == "deepseek-v4.1":
+                return dequantize_blocks(weight, values, WKV_BLOCK).bfloat16()
+            return dequantized(weight, values, self._block)
+        except MismatchError as error:
+            raise MismatchError(f"{self._stored.name(scales[0])}: {error}") from error
+
     def _wkv(self, layer: int) -> dict[str, Tensor]:
         prefix = f"layers.{layer}.engram."
-        weight = self._tensor(prefix + "wkv.weight")
-        if weight.dtype == torch.float8_e4m3fn:
-            weight = dequantize_blocks(weight, self._tensor(prefix + "wkv.scale"), WKV_BLOCK)
         return {
-            "kv.weight": weight,
-            "query_norm_weight": self._tensor(prefix + "q_weight"),
-            "key_norm_weight": self._tensor(prefix + "k_weight"),
+            "kv.weight": self._projection(prefix + "wkv"),
+            "query_norm_weight": self._floats(prefix + "q_weight"),
+            "key_norm_weight": self._floats(prefix + "k_weight"),
         }
 
     def _ple(self, layer: int) -> dict[str, Tensor]:
         prefix = f"layers.{layer}.ple."
-        specification = self.memory.specification
-        for name, wanted in (
-            ("layer_multipliers", specification.multipliers[layer]),
-            ("ngram_heads_vocab_sizes", sum(specification.primes[layer], ())),
-            ("ngram_heads_offsets", specification.offsets(layer)),
+        keys, value = (self._projection(f"{prefix}{name}_proj") for name in ("key", "value"))
+        for name, weight, rows in (
+            ("key", keys, self.streams * self.width),
+            ("value", value, self.width),
         ):
-            key = f"{prefix}ple_embedding.{name}"
-            if self._names(key) and (stored := self._tensor(key).tolist()) != list(wanted):
-                raise MismatchError(f"{key} holds {stored}, the specification gives {list(wanted)}")
-        keys, value = (self._tensor(f"{prefix}{name}_proj.weight") for name in ("key", "value"))
+            if weight.shape != (rows, self.memory.memory_dim):
+                raise MismatchError(
+                    f"layer {layer}: {name}_proj has shape {tuple(weight.shape)}, the "
+                    f"configuration gives it {(rows, self.memory.memory_dim)}"
+                )
         weights = {"kv.weight": torch.cat([keys, value])}
         for ours, theirs in (
             ("query_norm_weight", "norm_query"),
@@ -190,31 +256,24 @@ class Released:
             ("conv.norm_weight", "norm_conv"),
             ("conv.weight", "conv1d"),
         ):
-            weights[ours] = self._tensor(f"{prefix}{theirs}.weight")
+            weights[ours] = self._floats(f"{prefix}{theirs}.weight")
         return weights
 
-    def _shards(self, name: str) -> list[str]:
-        """Of a table that is stored whole, or as shard_0 ... shard_n one below the other."""
-        if self._names(f"{name}.weight"):
-            return [f"{name}.weight"]
-        shards: list[str] = []
-        while self._names(shard := f"{name}.shard_{len(shards)}.weight"):
-            shards.append(shard)
-        if not shards:
-            raise DataError(f"{self.directory}: no tensor {name}.weight or {name}.shard_0.weight")
-        return shards
+    def _place(
+        self, suffixes: Sequence[str], headers: dict[Path, "_Stamped"]
+    ) -> tuple[list[Region], Entry]:
+        """Where matrices that stand one below the other are, and the first one's entry.
 
-    def _place(self, suffixes: Sequence[str]) -> tuple[list[Region], Entry]:
-        """Where matrices that stand one below the other are, and the first one's entry."""
+        headers: those that have been read. A table may be a thousand shards in a few files.
+        """
         regions: list[Region] = []
         entries: list[Entry] = []
-        headers: dict[Path, Header] = {}  # a table may be a thousand shards in a few files
         for suffix in suffixes:
-            name = self._name(suffix)
+            name = self._stored.name(suffix)
             path = self._files[name]
             if path not in headers:
-                headers[path] = read_header(path)
-            entry = headers[path].tensors.get(name)
+                headers[path] = _Stamped(stamp(path), read_header(path))
+            entry = headers[path].header.tensors.get(name)
             if entry is None:
                 raise DataError(f"{path}: no tensor {name}, which {INDEX} promises there")
             if len(entry.shape) != 2:
@@ -229,120 +288,74 @@ class Released:
     def _check_layer(self, layer: int) -> None:
         if layer not in self.layers:
             raise ConfigError(f"layer={layer}: this memory has layers {self.layers} (zero-based)")
+        self._stored.check(layer)
+        if self.family == "qwen4-exp":
+            self._check_constants(layer)
+
+    def _check_constants(self, layer: int) -> None:
+        specification = self.memory.specification
+        for name, wanted in (
+            ("layer_multipliers", specification.multipliers[layer]),
+            ("ngram_heads_vocab_sizes", sum(specification.primes[layer], ())),
+            ("ngram_heads_offsets", specification.offsets(layer)),
+        ):
+            suffix = f"layers.{layer}.ple.ple_embedding.{name}"
+            if not self._stored.there(suffix):
+                continue
+            if (stored := self._tensor(suffix).tolist()) != list(wanted):
+                raise MismatchError(
+                    f"{suffix} holds {stored}, the specification gives {list(wanted)}"
+                )
 
     @cached_property
     def _files(self) -> Mapping[str, Path]:
         """Tensor name -> file."""
         return weight_files(self.directory)
 
-    def _names(self, suffix: str) -> list[str]:
-        """Stored names that end so: what stands before `layers.` differs between releases."""
-        return [name for name in self._files if name == suffix or name.endswith("." + suffix)]
+    @cached_property
+    def _stored(self) -> MemoryNames:
+        part = "engram" if self.family == "deepseek-v4.1" else "ple"
+        return MemoryNames(self.directory, part, self._files)
 
-    def _name(self, suffix: str) -> str:
-        names = self._names(suffix)
-        if not names:
-            raise DataError(f"{self.directory}: no tensor {suffix}")
-        if len(names) > 1:
-            # Converted checkpoints with copies have been read in directory order before.
-            raise DataError(f"{self.directory}: {suffix} is there twice, as {' and '.join(names)}")
-        return names[0]
+    def _floats(self, suffix: str) -> Tensor:
+        return _plain(self._stored.name(suffix), self._tensor(suffix))
+
+    def _look(self, suffix: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype as they are stored."""
+        name = self._stored.name(suffix)
+        try:
+            part = _open(self._files[name]).get_slice(name)
+        except SafetensorError as error:
+            raise DataError(f"{self._files[name]}: {name}: {error}") from error
+        return tuple(part.get_shape()), part.get_dtype()
 
     def _tensor(self, suffix: str) -> Tensor:
-        name = self._name(suffix)
+        name = self._stored.name(suffix)
         try:
             return _open(self._files[name]).get_tensor(name)
         except SafetensorError as error:
             raise DataError(f"{self._files[name]}: {name}: {error}") from error
 
 
-def dequantize_blocks(weight_OI: Tensor, scale_XY: Tensor, block: int) -> Tensor:
-    """fp8 values times 2^(byte - 127) of their block, (O, I) bfloat16.
+class _Stamped(NamedTuple):
+    """A header, and what its file was before that was read."""
 
-    weight_OI: e4m3; scale_XY: e8m0 or its bytes, one for each block x block values, edges included.
-    """
-    rows, columns = weight_OI.shape
-    wanted = (-(-rows // block), -(-columns // block))
-    if tuple(scale_XY.shape) != wanted:
-        raise MismatchError(
-            f"scales of shape {tuple(scale_XY.shape)} for a {rows} x {columns} matrix: "
-            f"{wanted} is needed for blocks of {block}"
-        )
-    scale_XY = (scale_XY.view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
-    scale_OI = scale_XY.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)
-    return (weight_OI.float() * scale_OI[:, :columns]).bfloat16()
+    stamp: tuple[int, ...]
+    header: Header
 
 
-def _deepseek(text: Mapping[str, Any]) -> MemoryConfig:
-    orders = int(_key(text, "engram_max_ngram_size")) - 1
-    # DeepSeek's own inference code calls the key engram_pad_id, its config.json the other.
-    pad = text["engram_pad_id"] if "engram_pad_id" in text else _key(text, "engram_pad_token_id")
-    released = deepseek_v41()
-    specification = replace(
-        released.specification,
-        layers=tuple(_key(text, "engram_layer_ids")),
-        rows_per_head=(int(_key(text, "engram_vocab_size")),) * orders,
-        heads=int(_key(text, "engram_n_heads")),
-        pad_id=int(pad),
-    )
-    rows = [specification.table_rows(layer) for layer in specification.layers]
-    if rows != list(_key(text, "engram_num_embeddings")):
-        raise MismatchError(
-            f"engram_num_embeddings={text['engram_num_embeddings']}: the primes add up to {rows}"
-        )
-    return MemoryConfig(
-        specification=specification,
-        head_dim=int(_key(text, "engram_head_dim")),
-        fusion=replace(released.fusion, norm_eps=float(_key(text, "rms_norm_eps"))),
-    )
-
-
-def _qwen(text: Mapping[str, Any]) -> MemoryConfig:
-    eos, released = _key(text, "eos_token_id"), qwen4_exp().specification
-    orders = int(text.get("ngram_size", 3)) - 1
-    specification = replace(
-        released,
-        layers=tuple(layer - 1 for layer in sorted(set(text["ple_layer_ids"]))),  # from 1 there
-        rows_per_head=(int(text.get("ngram_vocab_size_base", 20_000_000)),) * orders,
-        heads=int(text.get("heads_per_ngram", 8)),
-        seed=int(text.get("seed", 1234)),
-        pad_id=int(eos[0] if isinstance(eos, list) else eos),
-        rows_multiple=int(text.get("make_ngram_vocab_size_divisible_by", 128)),
-        vocabulary=None,
-    ).bind(CanonicalMap.identity(int(_key(text, "vocab_size"))))
-    width = int(text.get("ple_embed_dim") or _key(text, "hidden_size"))
-    eps = float(text.get("rms_norm_eps", 1e-6))
-    return MemoryConfig(
-        specification=specification,
-        head_dim=width // specification.heads_per_layer,
-        fusion=FusionConfig(
-            conv_kernel=int(text.get("ple_conv_kernel_size", 4)),
-            norm_eps=eps,
-            conv_norm_eps=eps,
-            zero_centered_norms=True,
-        ),
-    )
-
-
-def _dtype(entry: Entry) -> torch.dtype:
+def _dtype(name: str, entry: Entry) -> torch.dtype:
     if entry.dtype not in DTYPES:
-        raise ConfigError(f"a table of {entry.dtype} values: {', '.join(DTYPES)} can be read")
+        raise ConfigError(
+            f"{name}: a table of {entry.dtype} values: {', '.join(DTYPES)} can be read"
+        )
     return DTYPES[entry.dtype]
 
 
-def _key(text: Mapping[str, Any], name: str) -> Any:
-    if text.get(name) is None:
-        raise ConfigError(f"config.json: the key {name} is missing")
-    return text[name]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+def _plain(name: str, weight: Tensor) -> Tensor:
+    if weight.dtype not in PLAIN:
+        raise MismatchError(f"{name} is {weight.dtype}: float32, bfloat16 or float16 is needed")
+    return weight
 
 
 def _open(path: Path) -> Any:

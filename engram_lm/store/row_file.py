@@ -84,7 +84,7 @@ class RowFile:
         except BaseException:
             self.close()
             raise
-        self._stamp = _stamp(state)
+        self._state = state
         _compiled()  # now, and not when the first row is wanted
 
     def read_rows(self, offset_K: NDArray[np.int64], bytes_KW: NDArray[np.uint8]) -> int:
@@ -97,8 +97,7 @@ class RowFile:
             done, pages = compiled.read_rows(self._descriptor, offset_K, bytes_KW)
         if done < len(offset_K):  # also what a compiled read could not get: it has one try
             pages += self._read_plainly(offset_K[done:], bytes_KW[done:])
-        if _stamp(os.fstat(self._descriptor)) != self._stamp:
-            raise DataError(f"{self.path}: it was changed after it had been opened")
+        self._check_unchanged()
         return pages
 
     def hint(self, offset_K: NDArray[np.int64], width: int) -> None:
@@ -110,6 +109,23 @@ class RowFile:
     def close(self) -> None:
         """Nobody may be reading any more."""
         os.close(self._descriptor)
+
+    def _check_unchanged(self) -> None:
+        """DataError where it was written to, its time put back or not. Its name may go, which
+        changes the time of its state too: an open file keeps its bytes."""
+        then, now = self._state, os.fstat(self._descriptor)
+        written = (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns)
+        if not written and now.st_ctime_ns == then.st_ctime_ns:
+            return
+        if written or (now.st_nlink == then.st_nlink and self._has_its_name(now)):
+            raise DataError(f"{self.path}: it was changed after it had been opened")
+        self._state = now
+
+    def _has_its_name(self, state: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), state)
+        except OSError:
+            return False
 
     def _read_plainly(self, offset_K: NDArray[np.int64], bytes_KW: NDArray[np.uint8]) -> int:
         width = bytes_KW.shape[1]
@@ -174,8 +190,3 @@ def _compiled() -> ModuleType | None:
     from engram_lm.store import row_file_numba
 
     return row_file_numba
-
-
-def _stamp(state: os.stat_result) -> tuple[int, int]:
-    """What changes with a file's content. Its name may go: an open file keeps its bytes."""
-    return state.st_size, state.st_mtime_ns

@@ -7,6 +7,7 @@ Shapes: V rows of the table, M rows read, E values per row, R bytes per row.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,17 @@ from engram_lm.memory.canonical import FILE_NAME as CANONICAL_MAP
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.rows import RowFormat
 from engram_lm.memory.specification import Specification
+from engram_lm.store.dequantize import PLAIN
 from engram_lm.store.header import Entry, read_header
 from engram_lm.store.hot import Hot
 from engram_lm.store.packed import Packed
-from engram_lm.store.region import Region
+from engram_lm.store.region import Region, stamp
 from engram_lm.store.released import DTYPES, Released
-from engram_lm.store.weights import weight_files
+from engram_lm.store.weights import INDEX, check_one_save, weight_files
 
 _Place = tuple[Path, Entry]
 """The file that holds a tensor, and where in it."""
+_TABLE = re.compile(r"^([^.]*\.)?tables\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,7 @@ class Source:
         """Changes when a file of it does: hex, of paths, sizes, times and places of rows."""
         facts: list[Any] = [self.specification.digest, self.layer, str(self.format)]
         for region in (region for part in self.parts for region in part):
-            stat = region.path.stat()
-            facts.append([str(region.path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+            facts.append([str(region.path.resolve()), *stamp(region.path)])
             facts.append([region.offset, region.rows, region.row_bytes])
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -135,12 +137,23 @@ def _trainable(path: Path, record: Mapping[str, Any]) -> list[Source]:
     memory = MemoryConfig.from_dict(record["memory"])
     # config.json may leave the vocabulary to the map that save_pretrained writes beside it.
     specification = memory.specification.bind(CanonicalMap.load(path / CANONICAL_MAP))
+    check_one_save(path)
     tensors = _tensors(path)
+    _check_known(path, tensors)
     _check_seal(path, tensors, specification)
     return [
         _table(path, tensors, specification, layer, memory.head_dim)
         for layer in specification.layers
     ]
+
+
+def _check_known(path: Path, tensors: Mapping[str, _Place]) -> None:
+    """save_pretrained writes nothing beside a table; a quantiser writes scales there."""
+    for name in tensors:
+        if _TABLE.search(name) and not name.endswith(".weight"):
+            raise DataError(
+                f"{path}: {name} lies beside a table, and what it changes there is not known"
+            )
 
 
 def _check_seal(path: Path, tensors: Mapping[str, _Place], specification: Specification) -> None:
@@ -164,10 +177,10 @@ def _table(
 ) -> Source:
     file, entry = _find(path, tensors, f"tables.{layer}.weight")
     rows = specification.table_rows(layer)
-    if entry.dtype not in DTYPES or entry.shape != (rows, dim):
+    if DTYPES.get(entry.dtype) not in PLAIN or entry.shape != (rows, dim):
         raise MismatchError(
             f"{file}: table of layer {layer} is {entry.dtype} {entry.shape}, by config.json it is "
-            f"{(rows, dim)} of {', '.join(DTYPES)}"
+            f"{(rows, dim)} of F32, BF16 or F16"
         )
     format = RowFormat(dtype=DTYPES[entry.dtype], dim=dim)
     region = Region(path=file, offset=entry.offset, rows=rows, row_bytes=format.row_bytes)
@@ -176,15 +189,20 @@ def _table(
 
 def _tensors(directory: Path) -> dict[str, _Place]:
     """Where each is, by the headers of the files."""
-    files = sorted(set(weight_files(directory).values()))
-    return {
-        name: (file, entry) for file in files for name, entry in read_header(file).tensors.items()
-    }
+    files = weight_files(directory)
+    headers = {file: read_header(file).tensors for file in sorted(set(files.values()))}
+    lacking = [name for name, file in files.items() if name not in headers[file]]
+    if lacking:
+        name = lacking[0]
+        raise DataError(f"{files[name]}: no tensor {name}, which {INDEX} promises there")
+    return {name: (file, headers[file][name]) for name, file in files.items()}
 
 
 def _find(directory: Path, tensors: Mapping[str, _Place], suffix: str) -> _Place:
     """The first part of a name is the family's, and a headless model's names lack it."""
-    for name, place in tensors.items():
-        if name == suffix or name.split(".", 1)[-1] == suffix:
-            return place
-    raise DataError(f"{directory}: no tensor model.{suffix}")
+    names = [name for name in tensors if suffix in (name, name.split(".", 1)[-1])]
+    if not names:
+        raise DataError(f"{directory}: no tensor model.{suffix}")
+    if len(names) > 1:
+        raise DataError(f"{directory}: {suffix} is there twice, as {' and '.join(names)}")
+    return tensors[names[0]]
