@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError
+from engram_lm.memory import untaken
 from engram_lm.precision import choose
 from engram_lm.train.optimizers import Optimizers, groups
+from engram_lm.train.row_optimizer import UNSCALED
 
 
 def param_groups(
@@ -90,16 +92,30 @@ class JointOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Clips, moves everything that has a gradient, and drops the row gradients."""
+        """Clips, moves everything that has a gradient, and drops the row gradients.
+
+        ConfigError where somebody has clipped or unscaled the gradients in `.grad` before, which
+        does not reach those of rows.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(untaken.changed(table) for table in self.optimizers.groups.tables):
+            raise ConfigError(
+                "JointOptimizer: the memory's gradients in .grad were clipped or unscaled after the "
+                "backward pass, those of its rows were not; leave clipping to clip=, and use "
+                "bfloat16 instead of a GradScaler"
+            )
         self.norm = self.optimizers.clip(self.clip)
         self.taken = self.optimizers.step()
         for table in self.optimizers.groups.tables:
             table.row_gradient = None
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        raise ConfigError(UNSCALED)  # GradScaler looks here before it steps an optimiser
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, those of rows too."""
