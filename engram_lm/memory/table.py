@@ -148,14 +148,15 @@ class Table(nn.Module, RowStore):
     def start(self, rows_M: Tensor) -> Request:
         """Asks for rows, (M,) int64. With a gradient to come, each is read once."""
         if self.is_trained():
-            return Traced(self, rows_M) if _traced() else TrainedRead(self, Merged.of(rows_M))
+            traced = torch.compiler.is_exporting()
+            return Traced(self, rows_M) if traced else TrainedRead(self, Merged.of(rows_M))
         return super().start(rows_M)
 
     def is_trained(self) -> bool:
         """Whether what is read now will leave a gradient. Looks after one that is there already."""
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return False
-        if not torch.compiler.is_compiling() and not _traced():
+        if not torch.compiler.is_compiling():
             untaken.asked(self)
         return True
 
@@ -220,10 +221,6 @@ class Traced:
 
     def wait(self) -> Tensor:
         return nn.functional.embedding(self.rows_M, self.table.weight)
-
-
-def _traced() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class _Differentiable(torch.autograd.Function):

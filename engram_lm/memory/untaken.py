@@ -9,6 +9,7 @@ Nothing here keeps a model or an optimiser alive, and nothing stands in a module
 that models are copied and pickled as before.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -53,29 +54,7 @@ class _Mark(NamedTuple):
     """A dense gradient as a backward pass left it."""
 
     parameter: "weakref.ref[nn.Parameter]"
-    version: int
     norm: Tensor
-
-    @classmethod
-    def of(cls, parameter: nn.Parameter) -> "_Mark":
-        grad = parameter.grad
-        assert grad is not None
-        return cls(weakref.ref(parameter), grad._version, _norm(grad))
-
-    def cleared(self) -> bool:
-        grad = _grad(self.parameter)
-        if grad is None:
-            return True
-        written = grad._version != self.version
-        return written and bool(self.norm != 0) and bool(_norm(grad) == 0)
-
-    def changed(self) -> bool:
-        """Clipping without a limit writes the same values again, which is no change."""
-        grad = _grad(self.parameter)
-        if grad is None or grad._version == self.version:
-            return False
-        now, before = _norm(grad).nan_to_num(), self.norm.nan_to_num()
-        return not torch.equal(now, before)
 
 
 @dataclass
@@ -109,11 +88,34 @@ class _Memory:
         return islice((p for p in rest if p.grad is not None), WITNESSES)
 
     def mark(self) -> None:
-        self.marks = [_Mark.of(parameter) for parameter in self.dense()]
+        grads = [(parameter, parameter.grad) for parameter in self.dense()]
+        self.marks = [_Mark(weakref.ref(p), _norm(grad)) for p, grad in grads if grad is not None]
         self.in_backward = False
 
+    def norms(self) -> list[tuple[float, float]]:
+        """Of each dense gradient as the last backward pass left it, and now, where it is there."""
+        grads = [(mark.norm, _grad(mark.parameter)) for mark in self.marks]
+        both = [norm for old, grad in grads if grad is not None for norm in (old, _norm(grad))]
+        if not both:
+            return []
+        flat = torch.stack([norm.double().to(both[0].device) for norm in both]).tolist()
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
     def cleared(self) -> bool:
-        return bool(self.marks) and all(mark.cleared() for mark in self.marks)
+        """Whether all that the last backward pass left is gone or zero; what was zero tells
+        nothing."""
+        norms = self.norms()
+        left = [now for before, now in norms if before != 0]
+        return not any(left) and (bool(left) or len(norms) < len(self.marks))
+
+    def rescaled(self) -> bool:
+        """Whether a dense gradient is another than the last backward pass left, and still there."""
+        # By value: clipping without a limit, by which Trainer takes norms, changes none.
+        return any(now != before and not math.isnan(now) for before, now in self.norms())
+
+    def has(self, parameters: set[int]) -> bool:
+        """Whether one of the marked parameters is among them, by id."""
+        return any(id(mark.parameter()) in parameters for mark in self.marks)
 
 
 @dataclass
@@ -175,7 +177,7 @@ def received(table: Trained) -> None:
                 if each.holds_gradient:
                     _drop(each, _watch(each))
         memory.marks, memory.seen = [], []
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine = torch.autograd.Variable._execution_engine
         # At the end of this pass, and there again: DDP writes its means at the end too.
         engine.queue_callback(lambda: engine.queue_callback(memory.mark))
     watch.taken, watch.passed_by = False, None
@@ -200,7 +202,7 @@ def changed(table: Trained) -> bool:
     if table.changed_gradient:
         memory.changed = False
     elif not memory.stepped and not memory.changed:
-        memory.changed = any(mark.changed() for mark in memory.marks)
+        memory.changed = memory.rescaled()
     return memory.changed
 
 
@@ -223,41 +225,48 @@ def _install() -> None:
         _installed.append(register_optimizer_step_post_hook(_after_step))
 
 
-def _touched(optimizer: Optimizer) -> Iterator[tuple[Any, _Watch, bool]]:
-    """Tables with a gradient of models that this optimiser steps; whether it has the table too."""
-    held: set[int] | None = None
-    for reference in _WATCHES.keyrefs():
-        table = reference()
-        if table is None or not table.holds_gradient:
-            continue
-        if held is None:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        watch = _WATCHES[table]
-        owner = None if watch.memory.owner is None else watch.memory.owner()
-        own = id(table.weight) in held
-        if own or (owner is not None and any(id(p) in held for p in owner.parameters())):
-            yield table, watch, own
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _waiting() -> list[tuple[Any, _Watch]]:
+    """Tables that have a gradient."""
+    tables = [reference() for reference in _WATCHES.keyrefs()]
+    return [(each, _watch(each)) for each in tables if each is not None and each.holds_gradient]
+
+
+def _steps(held: set[int], table: Trained, memory: _Memory) -> bool:
+    """Whether an optimiser that has these parameters steps the table's model."""
+    owner = None if memory.owner is None else memory.owner()
+    parameters = () if owner is None else owner.parameters()
+    return id(table.weight) in held or any(id(p) in held for p in parameters)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for table, _, _ in list(_touched(optimizer)):
-        changed(table)
+    waiting = _waiting()
+    held = _held(optimizer) if waiting else set()
+    for table, watch in waiting:
+        if _steps(held, table, watch.memory):
+            changed(table)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    name = type(optimizer).__name__
-    for table, watch, own in list(_touched(optimizer)):
+    waiting = _waiting()
+    held = _held(optimizer) if waiting else set()
+    for table, watch in waiting:
         memory = watch.memory
-        memory.stepped = True
+        if not _steps(held, table, memory):
+            continue
+        memory.stepped = memory.stepped or memory.has(held)
         if getattr(optimizer, "grad_scale", None) is not None and not table.changed_gradient:
             memory.changed = True  # a scaler has left the division to this optimiser
         if watch.taken:
             if memory.changed:
                 _say_changed(table, watch)
-        elif own and not watch.optimizers:
-            _say_left(table, watch, name)
+        elif id(table.weight) in held and not watch.optimizers:
+            _say_left(table, watch, type(optimizer).__name__)
         else:  # a row optimiser may have its turn after this one
-            watch.passed_by = name
+            watch.passed_by = type(optimizer).__name__
 
 
 def _drop(table: Trained, watch: _Watch) -> None:
@@ -319,8 +328,8 @@ def _renewed(seen: "list[tuple[weakref.ref[nn.Parameter], weakref.ref[Tensor]]]"
     # A pass that can be differentiated adds out of place, and DDP moves gradients into its buckets.
     if torch.is_grad_enabled() or (dist.is_available() and dist.is_initialized()):
         return False
-    gone = [_grad(parameter) is not grad() for parameter, grad in seen]
-    return bool(gone) and all(gone)
+    before = [(grad(), _grad(parameter)) for parameter, grad in seen]
+    return bool(before) and all(old is None or old is not new for old, new in before)
 
 
 def _grad(parameter: "weakref.ref[nn.Parameter]") -> Tensor | None:

@@ -103,9 +103,9 @@ class JointOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if any(untaken.changed(table) for table in self.optimizers.groups.tables):
             raise ConfigError(
-                "JointOptimizer: the memory's gradients in .grad were clipped or unscaled after the "
-                "backward pass, those of its rows were not; leave clipping to clip=, and use "
-                "bfloat16 instead of a GradScaler"
+                "JointOptimizer: the memory's gradients in .grad were clipped or unscaled after "
+                "the backward pass, those of its rows were not; leave clipping to clip=, and "
+                "use bfloat16 instead of a GradScaler"
             )
         self.norm = self.optimizers.clip(self.clip)
         self.taken = self.optimizers.step()

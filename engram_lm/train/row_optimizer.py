@@ -25,8 +25,8 @@ SQUARE = "exp_avg_sq"
 """Name of the second moment; as in torch.optim.Adam."""
 
 UNSCALED = (
-    "GradScaler: it divides the gradients in .grad by its scale and looks for infinities there, and "
-    "row gradients are not in it; train in bfloat16, which needs no scaler"
+    "GradScaler: it divides the gradients in .grad by its scale and looks for infinities there, "
+    "and row gradients are not in it; train in bfloat16, which needs no scaler"
 )
 
 CPU_BLOCK, GPU_BLOCK = 2**16, 2**24

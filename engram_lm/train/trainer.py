@@ -21,8 +21,10 @@ from engram_lm.train.trainer_callback import EngramCallback
 
 _logger = logging.get_logger("transformers.engram_lm")
 """Below transformers' own, so that its verbosity and handlers count here too."""
-IGNORED = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2")
-IGNORED = (*IGNORED, "adam_epsilon")
+IGNORED = (
+    *("optim", "optim_args", "optim_target_modules"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 """Settings of the optimiser that Trainer would have made."""
 
 
