@@ -104,7 +104,7 @@ class EngramTrainerMixin:
             value = getattr(self.args, name, None)
             if name in usual and value != usual[name]:
                 raise ConfigError(
-                    f"{name}={value}: EngramTrainer makes a JointOptimizer (Muon, Adam, row Adam), "
+                    f"{name}={getattr(value, 'value', value)}: EngramTrainer makes a JointOptimizer (Muon, Adam, row Adam), "
                     "which has no such setting; leave it out, or hand an optimiser of your own "
                     "over in optimizers=(optimizer, None)"
                 )

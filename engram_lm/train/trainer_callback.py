@@ -1,5 +1,6 @@
 """What `transformers.Trainer` does not do by itself for a model with experts and tables."""
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, UntrainedRowsWarning
+from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.table import Table
 from engram_lm.train.balance import Balancer
 from engram_lm.train.sharded_table import ShardedTable
@@ -22,16 +24,20 @@ class EngramCallback(TrainerCallback):
     """Balances the router after each step, and refuses what would treat rows wrongly.
 
     balance_rate: how far a routing bias moves per step; the bias is saved with the model.
-    ConfigError at the start of training: for max_grad_norm above 0, which clips all gradients but
+    ConfigError at the start of training, and again before its first step, whatever was done to the
+    model in between and in which order: for max_grad_norm above 0, which clips all gradients but
     those of rows (JointOptimizer's clip is for both); for fp16, whose scaler does not see them; for
     label smoothing, which takes the model for no causal one; for several workers without
-    `replicate_tables`; for an optimiser that has not all tables, or of torch's own, which moves no
-    row; for tables that PEFT has frozen, and checkpoints of PEFT, which are without memory.
+    `replicate_tables`; for an optimiser that has not all of the memory, or of torch's own, which
+    moves no row; for tables frozen after the optimiser was made, for rows that have no gradient at
+    the first step, and for checkpoints of PEFT, which are without memory.
+    UntrainedRowsWarning for tables that are frozen, as get_peft_model freezes them.
     """
 
     def __init__(self, balance_rate: float = 1e-3) -> None:
         self.balance_rate = balance_rate
         self.balancer: Balancer | None = None
+        self._checked = False
 
     def on_train_begin(
         self,
@@ -66,8 +72,32 @@ class EngramCallback(TrainerCallback):
                 "save both apart, and begin anew from them"
             )
         _check_tables(model, optimizer, args.world_size)
+        _say_frozen(model)
+        self._checked = False
         workers = Workers(args.process_index, args.world_size, model.device)
         self.balancer = Balancer(model, self.balance_rate, workers)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks again before the first step: what was attached, wrapped or frozen since counts."""
+        if self._checked:
+            return
+        _check_tables(model, optimizer, args.world_size)
+        for name, table in model.named_modules():
+            trained = isinstance(table, Table) and table.weight.requires_grad
+            if trained and not table.holds_gradient:
+                raise ConfigError(
+                    f"{name}: no gradient has reached its rows by the first step; the model that "
+                    "is trained does not read them, or the optimiser is of another copy"
+                )
+        self._checked = True
 
     def on_optimizer_step(
         self,
@@ -94,10 +124,30 @@ class EngramCallback(TrainerCallback):
             self.balancer = None
 
 
+def _say_frozen(model: nn.Module) -> None:
+    tables = {n: each for n, each in model.named_modules() if isinstance(each, Table)}
+    frozen = [name for name, table in tables.items() if not table.weight.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{', '.join(frozen)}: frozen, so rows keep their values in this training; where that "
+            "is not meant, as after get_peft_model, give requires_grad back and make the optimiser "
+            "afterwards",
+            UntrainedRowsWarning,
+            stacklevel=2,
+        )
+
+
 def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     kind = type(getattr(optimizer, "optimizer", optimizer))
     for name, table in model.named_modules():
+        if isinstance(table, Fuse):
+            for part, parameter in table.named_parameters():
+                if parameter.requires_grad and id(parameter) not in held:
+                    raise ConfigError(
+                        f"{name}.{part}: not in the optimiser, so it would stay as it is; make "
+                        "JointOptimizer of this model, or freeze it"
+                    )
         if not isinstance(table, Table):
             continue
         if workers > 1 and not isinstance(table, ShardedTable):
