@@ -103,8 +103,9 @@ class EngramTrainerMixin:
         for name in IGNORED:
             value = getattr(self.args, name, None)
             if name in usual and value != usual[name]:
+                shown = getattr(value, "value", value)
                 raise ConfigError(
-                    f"{name}={getattr(value, 'value', value)}: EngramTrainer makes a JointOptimizer (Muon, Adam, row Adam), "
+                    f"{name}={shown}: EngramTrainer makes a JointOptimizer (Muon, Adam, row Adam), "
                     "which has no such setting; leave it out, or hand an optimiser of your own "
                     "over in optimizers=(optimizer, None)"
                 )

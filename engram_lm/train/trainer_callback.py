@@ -141,13 +141,6 @@ def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     kind = type(getattr(optimizer, "optimizer", optimizer))
     for name, table in model.named_modules():
-        if isinstance(table, Fuse):
-            for part, parameter in table.named_parameters():
-                if parameter.requires_grad and id(parameter) not in held:
-                    raise ConfigError(
-                        f"{name}.{part}: not in the optimiser, so it would stay as it is; make "
-                        "JointOptimizer of this model, or freeze it"
-                    )
         if not isinstance(table, Table):
             continue
         if workers > 1 and not isinstance(table, ShardedTable):
@@ -172,3 +165,10 @@ def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
                 f"{name}: {kind.__name__} does not see the gradients of rows, which would stay as "
                 "they are; give Trainer optimizers=(JointOptimizer(model, ...), None)"
             )
+    for name, fuse in model.named_modules():
+        for part, parameter in fuse.named_parameters() if isinstance(fuse, Fuse) else ():
+            if parameter.requires_grad and id(parameter) not in held:
+                raise ConfigError(
+                    f"{name}.{part}: not in the optimiser, so it would stay as it is; make "
+                    "JointOptimizer of this model, or freeze it"
+                )
