@@ -126,7 +126,7 @@ def under_trainer(kind: str, out: Path) -> dict:
 
 
 def natural(out: Path) -> dict:
-    """The same with nothing set up by hand."""
+    """Everything is trained, with nothing set up by hand."""
     model = given("everything", seed=7 * int(os.environ["RANK"]))
     args = arguments(out, max_steps=4, max_grad_norm=1.0, save_strategy="no", weight_decay=0.1)
     run = EngramTrainer(model, args, train_dataset=Phrases())

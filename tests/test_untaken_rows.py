@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from attached_worker import given, tables, with_lora
 from families import attached
 from peft import LoraConfig, get_peft_model
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from engram_lm import JointOptimizer, RowAdam, RowwiseRMSprop, Table, UntrainedRowsWarning
 from engram_lm.errors import ConfigError
 from engram_lm.memory import untaken
+from engram_lm.memory.table import RowGradient
 from engram_lm.train.freeze import freeze
 
 pytestmark = [
@@ -70,14 +72,14 @@ def test_an_optimiser_that_has_a_table_and_leaves_its_rows_is_named_after_its_st
         loss(model).backward()
         with pytest.warns(
             UntrainedRowsWarning, match=r"tables\.0: .* has stepped this model"
-        ) as said:
+        ) as caught:
             optimizer.step()
             optimizer.zero_grad()
             for _ in range(2):  # once a model
                 loss(model).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        assert len(said) == 1 and type(optimizer).__name__ in str(said[0].message)
+        assert len(caught) == 1 and type(optimizer).__name__ in str(caught[0].message)
     model = Row()
     optimizer = make(model)
     model().backward()
@@ -128,7 +130,7 @@ def test_two_optimisers_in_any_order_are_not_bothered(order, kind, everything):
 
 
 def test_taken_rows_are_cleared_with_the_dense_gradients_and_not_taken_twice():
-    found = []
+    results = []
     for clears in (False, True):
         model = attached("llama").train()
         rest, rows = torch.optim.SGD(dense(model), lr=0.01), RowAdam(tables(model).values(), lr=0.1)
@@ -140,8 +142,8 @@ def test_taken_rows_are_cleared_with_the_dense_gradients_and_not_taken_twice():
             value.backward()
             rest.step()
             rows.step()
-        found.append(bits(model))
-    assert differing(*found) == []
+        results.append(bits(model))
+    assert differing(*results) == []
 
 
 def accumulate(model, discarded, clear):
@@ -167,8 +169,8 @@ def test_a_batch_that_was_given_up_is_in_no_step(kind, clear):
     model = given(kind)
     wanted = accumulate(given(kind), False, None)
     with pytest.warns(UntrainedRowsWarning, match="an earlier backward pass are dropped"):
-        found = accumulate(model, True, clear)
-    for one, other in zip(found, wanted, strict=True):
+        results = accumulate(model, True, clear)
+    for one, other in zip(results, wanted, strict=True):
         assert torch.equal(one.rows_U, other.rows_U)
         assert torch.equal(one.values_UE, other.values_UE)
     clear(model)
@@ -194,7 +196,7 @@ def test_a_batch_that_is_given_up_between_forward_and_backward_pass_is_in_no_ste
 
 
 def test_frozen_fusion_is_told_by_what_else_trains_and_rows_alone_by_nothing():
-    for parts, said in ((("fusion",), True), (("fusion", "backbone"), False)):
+    for parts, heard in ((("fusion",), True), (("fusion", "backbone"), False)):
         model = attached("llama").train()
         freeze(model, parts)
         loss(model, 1).backward()
@@ -202,7 +204,7 @@ def test_frozen_fusion_is_told_by_what_else_trains_and_rows_alone_by_nothing():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             loss(model).backward()
-        assert bool(caught) == said
+        assert bool(caught) == heard
 
 
 @pytest.mark.parametrize("kind", ["memory", "everything", "lora", "zero rows", "checkpointing"])
@@ -284,6 +286,7 @@ CLIPS = {
     "norm": lambda model, _: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
     "value": lambda model, _: torch.nn.utils.clip_grad_value_(model.parameters(), 1e-5),
     "mean": lambda model, _: [p.grad.div_(4) for p in model.parameters() if p.grad is not None],
+    "accelerate": lambda m, _: Accelerator(cpu=True).clip_grad_norm_(m.parameters(), 1e-3),
     "unscale": scaler_unscales,
 }
 
@@ -304,10 +307,10 @@ def test_what_changes_the_dense_gradients_alone_is_refused_or_said(clip):
         rest, rows = torch.optim.AdamW(dense(model)), RowAdam(tables(model).values(), lr=0.1)
         loss(model).backward()
         acts = [lambda: CLIPS[clip](model, rest), rest.step, rows.step]  # noqa: B023
-        with pytest.warns(UntrainedRowsWarning, match="were clipped or unscaled") as said:
+        with pytest.warns(UntrainedRowsWarning, match="were clipped or unscaled") as caught:
             for act in order:
                 acts[act]()
-        assert len(said) == 1
+        assert len(caught) == 1
 
 
 def test_clipping_that_reaches_rows_or_changes_nothing_is_let_pass():
@@ -324,6 +327,14 @@ def test_clipping_that_reaches_rows_or_changes_nothing_is_let_pass():
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         gradients += [table.row_gradient.values_UE for table in tables(model).values()]
         torch._foreach_mul_(gradients, 0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        loss(model).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        for table in tables(model).values():
+            rows_U, values_UE = table.row_gradient
+            table.row_gradient = RowGradient(rows_U, values_UE * 1e-3)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()

@@ -93,7 +93,7 @@ class OnDisk(Pending):
         super().__init__(pending.window, pending.rows_LBTH, pending.requests)
 
     def wait(self, layer: int) -> Tensor:
-        """As of all; the values ask for a gradient, so that the backward pass comes by."""
+        """Vectors of one layer that ask for a gradient, so that a backward pass comes by."""
         vectors_BTM = super().wait(layer).requires_grad_()
         vectors_BTM.register_hook(self._refuse)
         return vectors_BTM

@@ -157,7 +157,7 @@ class Table(nn.Module, RowStore):
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return False
         if not torch.compiler.is_compiling():
-            untaken.asked(self)
+            untaken.before_forward(self)
         return True
 
     def accumulate(self, rows_M: Tensor, values_ME: Tensor) -> None:
@@ -176,9 +176,9 @@ class Table(nn.Module, RowStore):
         return self.row_gradient is not None
 
     @property
-    def changed_gradient(self) -> bool:
-        """Whether it was written to since, as clipping does."""
-        return self.row_gradient is not None and self.row_gradient.values_UE._version > 0
+    def local_gradient(self) -> RowGradient | None:
+        """What of it is here already."""
+        return self.row_gradient
 
     def gradient_norm(self) -> Tensor:
         """Of the row gradient; 0 where there is none."""
@@ -234,6 +234,6 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         if not torch.compiler.is_compiling():
-            untaken.received(ctx.read.table)
+            untaken.before_adding(ctx.read.table)
         ctx.read.give(ctx.read.merged.sum(grads[0]))
         return None, None

@@ -45,8 +45,8 @@ class Trained(Protocol):
         ...
 
     @property
-    def changed_gradient(self) -> bool:
-        """Whether somebody has written to it since the backward pass."""
+    def local_gradient(self) -> Any:
+        """It, or None where it is not here yet."""
         ...
 
 
@@ -75,12 +75,12 @@ class _Memory:
     """An optimiser has had the dense gradients; what it left in them says nothing more."""
     changed: bool = False
     """The dense gradients were changed after the backward pass, and those of rows were not."""
-    said: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
 
     def dense(self) -> Iterator[nn.Parameter]:
         """The memory's own with a gradient; where it has none, some of the model's."""
         fuses = [fuse for fuse in (each() for each in self.fuses) if fuse is not None]
-        own = [p for fuse in fuses for p in fuse.parameters() if p.grad is not None]
+        own = [p for f in fuses for p in f.parameters() if p.requires_grad and p.grad is not None]
         if own:
             return iter(own)
         owner = None if self.owner is None else self.owner()
@@ -90,6 +90,10 @@ class _Memory:
     def mark(self) -> None:
         grads = [(parameter, parameter.grad) for parameter in self.dense()]
         self.marks = [_Mark(weakref.ref(p), _norm(grad)) for p, grad in grads if grad is not None]
+        for table in self.tables:
+            gradient = table.local_gradient
+            values = None if gradient is None else weakref.ref(gradient.values_UE)
+            _watch(table).values = values
         self.in_backward = False
 
     def norms(self) -> list[tuple[float, float]]:
@@ -129,6 +133,16 @@ class _Watch:
     """A row optimiser has stepped with the gradient, and nothing was added since."""
     passed_by: str | None = None
     """The optimiser that has stepped the model and left the gradient."""
+    values: "weakref.ref[Tensor] | None" = None
+    """Of the row gradient, as the last backward pass left it."""
+
+    def rescaled(self, table: Trained) -> bool:
+        """Whether somebody has written to the row gradient since, or put another in its place."""
+        gradient = table.local_gradient
+        if gradient is None:
+            return False
+        replaced = self.values is not None and self.values() is not gradient.values_UE
+        return replaced or gradient.values_UE._version > 0
 
 
 _WATCHES: "weakref.WeakKeyDictionary[Any, _Watch]" = weakref.WeakKeyDictionary()
@@ -148,7 +162,7 @@ def owned(owner: nn.Module, tables: Iterable[Trained]) -> None:
             memory.fuses = [weakref.ref(each) for each in owner.modules() if isinstance(each, Fuse)]
 
 
-def asked(table: Trained) -> None:
+def before_forward(table: Trained) -> None:
     """Before rows are asked for in a forward pass that will be trained: a gradient that is still
     there belongs to an accumulation, or is dropped, or was left behind."""
     watch = _watch(table)
@@ -166,7 +180,7 @@ def asked(table: Trained) -> None:
         _say_left(table, watch, watch.passed_by)
 
 
-def received(table: Trained) -> None:
+def before_adding(table: Trained) -> None:
     """In a backward pass, before this table's gradient is added to what is there."""
     watch = _watch(table)
     memory = watch.memory
@@ -198,8 +212,9 @@ def took(table: Trained) -> None:
 def changed(table: Trained) -> bool:
     """Whether clipping or a scaler has changed the dense gradients of this table's memory since the
     last backward pass, and not those of rows."""
-    memory = _watch(table).memory
-    if table.changed_gradient:
+    watch = _watch(table)
+    memory = watch.memory
+    if watch.rescaled(table):
         memory.changed = False
     elif not memory.stepped and not memory.changed:
         memory.changed = memory.rescaled()
@@ -258,7 +273,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not _steps(held, table, memory):
             continue
         memory.stepped = memory.stepped or memory.has(held)
-        if getattr(optimizer, "grad_scale", None) is not None and not table.changed_gradient:
+        if getattr(optimizer, "grad_scale", None) is not None and not watch.rescaled(table):
             memory.changed = True  # a scaler has left the division to this optimiser
         if watch.taken:
             if memory.changed:
@@ -287,14 +302,14 @@ def _drop(table: Trained, watch: _Watch) -> None:
 
 
 def _say_left(table: Trained, watch: _Watch, optimizer: str) -> None:
-    watch.memory.said.add("dropped")
+    watch.memory.warned.add("dropped")
     _say(
         table,
         watch,
         "left",
         f"{optimizer} has stepped this model and left the gradients of its rows, which are not in "
-        ".grad: rows keep their values. Train them with JointOptimizer or RowAdam (EngramTrainer "
-        "does), or freeze the table with requires_grad_(False)",
+        ".grad: rows keep their values. Train them with a JointOptimizer or RowAdam of this model "
+        "as it is (EngramTrainer makes one), or freeze the table with requires_grad_(False)",
     )
 
 
@@ -311,9 +326,9 @@ def _say_changed(table: Trained, watch: _Watch) -> None:
 
 def _say(table: Trained, watch: _Watch, kind: str, text: str) -> None:
     memory = watch.memory
-    if kind in memory.said:
+    if kind in memory.warned:
         return
-    memory.said.add(kind)
+    memory.warned.add(kind)
     owner = None if memory.owner is None else memory.owner()
     name = f"a table of {tuple(table.weight.shape)}"
     if owner is not None:

@@ -5,6 +5,7 @@
 which does not reach rows either: so both are done here, inside `step`.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, UntrainedRowsWarning
 from engram_lm.memory import untaken
+from engram_lm.memory.fuse import Fuse
+from engram_lm.memory.table import Table
 from engram_lm.precision import choose
 from engram_lm.train.optimizers import Optimizers, groups
 from engram_lm.train.row_optimizer import UNSCALED
@@ -60,6 +63,7 @@ class JointOptimizer(torch.optim.Optimizer):
     the state. `norm`: what the last step found, a scalar; `taken`: False where it was not finite,
     and nothing moved.
     Schedulers scale each group's own learning rate. Row gradients are used up by `step`.
+    UntrainedRowsWarning for a model whose memory is all frozen, as get_peft_model leaves it.
     """
 
     def __init__(
@@ -74,6 +78,16 @@ class JointOptimizer(torch.optim.Optimizer):
     ) -> None:
         if clip is not None and not clip > 0:
             raise ConfigError(f"clip={clip}: above 0, or None for no limit")
+        memory = [part for part in model.modules() if isinstance(part, Table | Fuse)]
+        trained = (p.requires_grad for part in memory for p in part.parameters())
+        if memory and not any(trained):
+            warnings.warn(
+                f"{type(model).__name__}: all of its memory is frozen, as get_peft_model leaves "
+                "it, and will stay as it is; where that is not meant, give its parameters "
+                "requires_grad_(True) before JointOptimizer is made",
+                UntrainedRowsWarning,
+                stacklevel=2,
+            )
         self.optimizers = Optimizers(
             model,
             lr=lr,

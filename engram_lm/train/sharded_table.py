@@ -139,9 +139,9 @@ class ShardedTable(Table):
         return bool(self._returning) or self._own is not None or self._merged is not None
 
     @property
-    def changed_gradient(self) -> bool:
-        """Whether it was written to since it was read."""
-        return self._merged is not None and self._merged.values_UE._version > 0
+    def local_gradient(self) -> RowGradient | None:
+        """What of it has been read."""
+        return self._merged
 
     def gradient_norm(self) -> Tensor:
         """Of the gradient of all rows, wherever they are: collective, as reading it is."""
