@@ -7,6 +7,8 @@ EngramError
 |-- MismatchError    files that do not belong together: tokenizer, map, specification, weights
 |-- DataError        text, token or checkpoint files that are missing, damaged or too short
 `-- WorkerError      workers of one run that died, do not answer, or were started wrongly
+
+UntrainedRowsWarning is the one warning: rows that will not be trained, or not as the rest is.
 """
 
 from math import isfinite
@@ -36,6 +38,10 @@ class DataError(EngramError):
 
 class WorkerError(EngramError):
     """Names the worker that noticed, and what it waited for or was given."""
+
+
+class UntrainedRowsWarning(UserWarning):
+    """Names the table, and who has left, dropped or not scaled the gradient of its rows."""
 
 
 def shown(value: object) -> str:

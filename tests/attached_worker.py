@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 import engram_lm
-from engram_lm import EngramCallback, JointOptimizer, Table, replicate_tables, shard_tables
+from engram_lm import (
+    EngramCallback,
+    EngramTrainer,
+    JointOptimizer,
+    Table,
+    replicate_tables,
+    shard_tables,
+)
 from engram_lm.train.export import export
 from engram_lm.train.freeze import freeze
 from engram_lm.train.parallel import leave_tables_out
@@ -118,6 +125,15 @@ def under_trainer(kind: str, out: Path) -> dict:
     return {"losses": losses(run), "first": watched(run), "bits": bits(model)}
 
 
+def natural(out: Path) -> dict:
+    """Everything is trained, with nothing set up by hand."""
+    model = given("everything", seed=7 * int(os.environ["RANK"]))
+    args = arguments(out, max_steps=4, max_grad_norm=1.0, save_strategy="no", weight_decay=0.1)
+    run = EngramTrainer(model, args, train_dataset=Phrases())
+    run.train()
+    return {"losses": losses(run), "bits": bits(model)}
+
+
 def accelerated(out: Path | None = None) -> dict:
     """A loop of one's own: each row on one worker, and all exported to `out`; or, without it, the
     one process that they are compared with."""
@@ -152,6 +168,7 @@ def accelerated(out: Path | None = None) -> dict:
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     found = {kind: under_trainer(kind, out / kind) for kind in ("memory", "everything", "lora")}
+    found["natural"] = natural(out / "natural")
     found["sharded"] = accelerated(out / "exported")
     torch.save(found, out / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

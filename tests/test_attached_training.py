@@ -280,6 +280,12 @@ def test_two_workers_with_all_rows_each_train_as_one_does(kind, two, tmp_path):
         assert found[kind]["losses"] == pytest.approx(losses(run), rel=1e-2)
 
 
+def test_two_workers_under_our_trainer_are_those_set_up_by_hand(two):
+    for found in two:
+        assert differing(found["natural"]["bits"], found["everything"]["bits"]) == []
+        assert found["natural"]["losses"] == found["everything"]["losses"]
+
+
 def test_two_workers_with_half_of_the_rows_each_train_as_one_does(two):
     alone = attached_worker.accelerated()
     first, second = (each["sharded"] for each in two)

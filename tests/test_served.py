@@ -56,6 +56,28 @@ def test_logits_are_the_same_bits(saved, dtype, budget):
     assert not torch.equal(logits(served), alone)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_backward_pass_to_rows_on_disk_is_refused_and_one_around_them_is_not(saved, training):
+    served, whole = load(saved, memory="disk", memory_budget="1MB"), load(saved)
+    for model in (served, whole):
+        model.train(training)
+    result = served(IDS, labels=IDS, use_cache=False)  # gradients are on, and nobody asks for one
+    assert torch.equal(result.logits, whole(IDS, use_cache=False).logits)
+    with pytest.raises(ConfigError, match="memory='disk': rows in files are not trained"):
+        result.loss.backward()
+    for model in (served, whole):
+        for block in model.model.layers:
+            if getattr(block, "engram", None) is not None:
+                block.engram.requires_grad_(False)
+        model.model.tables.requires_grad_(False)
+        model.zero_grad()
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+    pairs = zip(served.model.layers.parameters(), whole.model.layers.parameters(), strict=True)
+    for one, other in pairs:
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.equal(one.grad, other.grad)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
 def test_decoding_gives_the_same_tokens_and_scores(saved, options):
     texts = []

@@ -91,3 +91,24 @@ class Unread(Pending):
         values_0E = self.requests[layer].wait()
         width = self.rows_LBTH.shape[3] * values_0E.shape[1]
         return values_0E.sum().expand(len(self.window.ids_BW), self.window.tokens, width)
+
+
+class OnDisk(Pending):
+    """Rows that cannot be trained where they are: a backward pass that reaches them, of a memory
+    that is not frozen, is a ConfigError."""
+
+    def __init__(self, pending: Pending) -> None:
+        super().__init__(pending.window, pending.rows_LBTH, pending.requests)
+
+    def wait(self, layer: int) -> Tensor:
+        """Vectors of one layer that ask for a gradient, so that a backward pass comes by."""
+        vectors_BTM = super().wait(layer).requires_grad_()
+        vectors_BTM.register_hook(self._refuse)
+        return vectors_BTM
+
+    @staticmethod
+    def _refuse(gradient_BTM: Tensor) -> None:
+        raise ConfigError(
+            "memory='disk': rows in files are not trained; open the model without it, or freeze "
+            "its memory (requires_grad_(False) of every layer.engram) to train what is around it"
+        )

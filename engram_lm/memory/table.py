@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError, instance, shown, whole_number
+from engram_lm.memory import untaken
 from engram_lm.memory.offload import held
 from engram_lm.memory.rows import Request, RowFormat, RowStore, select
 
@@ -156,9 +157,18 @@ class Table(nn.Module, RowStore):
 
     def start(self, rows_M: Tensor) -> Request:
         """Asks for rows, (M,) int64. With a gradient to come, each is read once."""
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return TrainedRead(self, Merged.of(rows_M))
+        if self.is_trained():
+            traced = torch.compiler.is_exporting()
+            return Traced(self, rows_M) if traced else TrainedRead(self, Merged.of(rows_M))
         return super().start(rows_M)
+
+    def is_trained(self) -> bool:
+        """Whether what is read now will leave a gradient. Looks after one that is there already."""
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return False
+        if not torch.compiler.is_compiling():
+            untaken.before_forward(self)
+        return True
 
     def accumulate(self, rows_M: Tensor, values_ME: Tensor) -> None:
         """Adds the gradient of these rows, repeats summed, to what earlier backward passes left."""
@@ -169,6 +179,16 @@ class Table(nn.Module, RowStore):
         if self.row_gradient is not None:
             gradient = RowGradient.sum([self.row_gradient, gradient])
         self.row_gradient = gradient
+
+    @property
+    def holds_gradient(self) -> bool:
+        """Whether a backward pass has left one; no other worker is asked."""
+        return self.row_gradient is not None
+
+    @property
+    def local_gradient(self) -> RowGradient | None:
+        """What of it is here already."""
+        return self.row_gradient
 
     def gradient_norm(self) -> Tensor:
         """Of the row gradient; 0 where there is none."""
@@ -208,6 +228,17 @@ class TrainedRead:
         self.table.add_gradient(RowGradient(self.merged.rows_U, gradient_UE))
 
 
+class Traced:
+    """A request in a graph that is exported: how many rows are distinct is not known there, so they
+    are read one by one, and who trains the exported graph finds their gradient in `.grad`."""
+
+    def __init__(self, table: Table, rows_M: Tensor) -> None:
+        self.table, self.rows_M = table, rows_M
+
+    def wait(self) -> Tensor:
+        return nn.functional.embedding(self.rows_M, self.table.weight)
+
+
 class _Differentiable(torch.autograd.Function):
     """The weight is an argument only so that a gradient is asked for; it gets none in `.grad`."""
 
@@ -218,5 +249,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        if not torch.compiler.is_compiling():
+            untaken.before_adding(ctx.read.table)
         ctx.read.give(ctx.read.merged.sum(grads[0]))
         return None, None

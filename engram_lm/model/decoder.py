@@ -14,8 +14,9 @@ from transformers import Cache
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
-from engram_lm.memory.fuse import ShortConv
-from engram_lm.memory.lookup import Memory
+from engram_lm.memory import untaken
+from engram_lm.memory.fuse import Fuse, ShortConv
+from engram_lm.memory.lookup import Memory, OnDisk
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.served import ServedTables
 from engram_lm.memory.state import DecodingState
@@ -141,5 +142,14 @@ class MemoryDecoder(MemoryPreTrained):
         memory = self.memory
         state = None if cache is None else self.state_of(cache)
         window = call.window(memory.addresses, self.keep, state)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            untaken.owned(self, (each for each in self.tables.values() if isinstance(each, Table)))
         pending = memory.serve(window) if self._serving else memory.start_window(window)
+        if self.served is not None and self._trains_memory():
+            pending = OnDisk(pending)
         return Reading(pending, call.kept_BT, state)
+
+    def _trains_memory(self) -> bool:
+        fuses = (module for module in self.modules() if isinstance(module, Fuse))
+        wanted = (p.requires_grad for fuse in fuses for p in fuse.parameters())
+        return torch.is_grad_enabled() and any(wanted)

@@ -66,6 +66,13 @@ class MemoryPreTrained(PreTrainedModel):
             init.constant_(module.norm_weight, 1.0 - module.norm_offset)
             init.zeros_(module.weight)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears all gradients, those of rows too."""
+        super().zero_grad(set_to_none)
+        for module in self.modules():
+            if isinstance(module, Table):
+                module.row_gradient = None
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],

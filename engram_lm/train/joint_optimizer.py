@@ -5,6 +5,7 @@
 which does not reach rows either: so both are done here, inside `step`.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engram_lm.errors import ConfigError, number
+from engram_lm.errors import ConfigError, UntrainedRowsWarning, number
+from engram_lm.memory import untaken
+from engram_lm.memory.fuse import Fuse
+from engram_lm.memory.table import Table
 from engram_lm.precision import choose
 from engram_lm.train.optimizers import Optimizers, groups
+from engram_lm.train.row_optimizer import UNSCALED
 
 
 def param_groups(
@@ -68,6 +73,7 @@ class JointOptimizer(torch.optim.Optimizer):
     the state. `norm`: what the last step found, a scalar; `taken`: False where it was not finite,
     and nothing moved.
     Schedulers scale each group's own learning rate. Row gradients are used up by `step`.
+    UntrainedRowsWarning for a model whose memory is all frozen, as get_peft_model leaves it.
     """
 
     def __init__(
@@ -83,6 +89,16 @@ class JointOptimizer(torch.optim.Optimizer):
         if clip is not None and not number("clip", clip) > 0:
             raise ConfigError(f"clip={clip}: above 0, or None for no limit")
         _check(model, lr, table_lr_multiplier, weight_decay)
+        memory = [part for part in model.modules() if isinstance(part, Table | Fuse)]
+        trained = (p.requires_grad for part in memory for p in part.parameters())
+        if memory and not any(trained):
+            warnings.warn(
+                f"{type(model).__name__}: all of its memory is frozen, as get_peft_model leaves "
+                "it, and will stay as it is; where that is not meant, give its parameters "
+                "requires_grad_(True) before JointOptimizer is made",
+                UntrainedRowsWarning,
+                stacklevel=2,
+            )
         self.optimizers = Optimizers(
             model,
             lr=lr,
@@ -101,16 +117,30 @@ class JointOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Clips, moves everything that has a gradient, and drops the row gradients."""
+        """Clips, moves everything that has a gradient, and drops the row gradients.
+
+        ConfigError where somebody has clipped or unscaled the gradients in `.grad` before, which
+        does not reach those of rows.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(untaken.changed(table) for table in self.optimizers.groups.tables):
+            raise ConfigError(
+                "JointOptimizer: the memory's gradients in .grad were clipped or unscaled after "
+                "the backward pass, those of its rows were not; leave clipping to clip=, and "
+                "use bfloat16 instead of a GradScaler"
+            )
         self.norm = self.optimizers.clip(self.clip)
         self.taken = self.optimizers.step()
         for table in self.optimizers.groups.tables:
             table.row_gradient = None
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        raise ConfigError(UNSCALED)  # GradScaler looks here before it steps an optimiser
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, those of rows too."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import ConfigError, instance, number, whole_number
+from engram_lm.memory import untaken
 from engram_lm.memory.table import RowGradient, Table
 from engram_lm.train.rounding import round_to_bf16
 from engram_lm.train.sharded_table import check_shared
@@ -22,6 +23,11 @@ from engram_lm.train.sharded_table import check_shared
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SQUARE = "exp_avg_sq"
 """Name of the second moment; as in torch.optim.Adam."""
+
+UNSCALED = (
+    "GradScaler: it divides the gradients in .grad by its scale and looks for infinities there, "
+    "and row gradients are not in it; train in bfloat16, which needs no scaler"
+)
 
 CPU_BLOCK, GPU_BLOCK = 2**16, 2**24
 """Values moved at a time: on a CPU they stay in its caches between being read and written, and
@@ -68,6 +74,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"lr={defaults['lr']}, eps={defaults['eps']}: lr is at least 0, eps above"
             )
         super().__init__([table.weight for table in self.tables], defaults)
+        for table in self.tables:
+            untaken.trains(table, self)
 
     @abstractmethod
     def _moments(self, table: Table) -> dict[str, tuple[int, ...]]:
@@ -121,7 +129,12 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             gradient = table.row_gradient
             if gradient is not None:
                 self._step(table, gradient)
+                untaken.took(table)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        raise ConfigError(UNSCALED)  # GradScaler looks here before it steps an optimiser
 
     def _step(self, table: Table, gradient: RowGradient) -> None:
         touched, state = self._touched_rows(table), self._state(table)

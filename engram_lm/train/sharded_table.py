@@ -93,6 +93,7 @@ class ShardedTable(Table):
         """Sends the request; other workers' rows travel while the caller computes."""
         if self.shards is None:
             return super().start(rows_M)
+        self.is_trained()
         return ShardedRead(self, self.shards, Merged.of(rows_M))
 
     def gather(self, rows_M: Tensor) -> Tensor:
@@ -131,6 +132,16 @@ class ShardedTable(Table):
     def row_gradient(self, gradient: RowGradient | None) -> None:
         self._settle()
         self._own, self._merged = None, gradient
+
+    @property
+    def holds_gradient(self) -> bool:
+        """Whether one is there, or on its way."""
+        return bool(self._returning) or self._own is not None or self._merged is not None
+
+    @property
+    def local_gradient(self) -> RowGradient | None:
+        """What of it has been read."""
+        return self._merged
 
     def gradient_norm(self) -> Tensor:
         """Of the gradient of all rows, wherever they are: collective, as reading it is."""

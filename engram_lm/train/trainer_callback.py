@@ -1,5 +1,6 @@
 """What `transformers.Trainer` does not do by itself for a model with experts and tables."""
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from engram_lm.errors import ConfigError, number
+from engram_lm.errors import ConfigError, UntrainedRowsWarning, number
+from engram_lm.memory.fuse import Fuse
 from engram_lm.memory.table import Table
 from engram_lm.model.adapters import has_adapter
 from engram_lm.train.balance import Balancer
@@ -23,17 +25,21 @@ class EngramCallback(TrainerCallback):
     """Balances the router after each step, and refuses what would treat rows wrongly.
 
     balance_rate: how far a routing bias moves per step; the bias is saved with the model.
-    ConfigError at the start of training: for max_grad_norm above 0, which clips all gradients but
+    ConfigError at the start of training, and again before its first step, whatever was done to the
+    model in between and in which order: for max_grad_norm above 0, which clips all gradients but
     those of rows (JointOptimizer's clip is for both); for fp16, whose scaler does not see them; for
     label smoothing, which takes the place of the model's own loss; for several workers without
-    `replicate_tables`; for an optimiser that has not all tables, or of torch's own, which moves no
-    row; for tables that PEFT has frozen, and resuming with an adapter, which Trainer either brings
-    back without memory (PEFT) or not at all (`add_adapter`).
+    `replicate_tables`; for an optimiser that has not all of the memory, or of torch's own, which
+    moves no row; for tables frozen after the optimiser was made, for rows that have no gradient at
+    the first step, and for resuming with an adapter, which Trainer either brings back without
+    memory (PEFT) or not at all (`add_adapter`).
+    UntrainedRowsWarning for tables that are frozen, as get_peft_model freezes them.
     """
 
     def __init__(self, balance_rate: float = 1e-3) -> None:
         self.balance_rate = number("balance_rate", balance_rate, least=0)
         self.balancer: Balancer | None = None
+        self._checked = False
 
     def on_train_begin(
         self,
@@ -73,8 +79,32 @@ class EngramCallback(TrainerCallback):
                 "checkpoint; open the checkpoint's directory, and begin anew from it"
             )
         _check_tables(model, optimizer, args.world_size)
+        _say_frozen(model)
+        self._checked = False
         workers = Workers(args.process_index, args.world_size, model.device)
         self.balancer = Balancer(model, self.balance_rate, workers)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks again before the first step: what was attached, wrapped or frozen since counts."""
+        if self._checked:
+            return
+        _check_tables(model, optimizer, args.world_size)
+        for name, table in model.named_modules():
+            trained = isinstance(table, Table) and table.weight.requires_grad
+            if trained and not table.holds_gradient:
+                raise ConfigError(
+                    f"{name}: no gradient has reached its rows by the first step; the model that "
+                    "is trained does not read them, or the optimiser is of another copy"
+                )
+        self._checked = True
 
     def on_optimizer_step(
         self,
@@ -99,6 +129,19 @@ class EngramCallback(TrainerCallback):
         if self.balancer is not None:
             self.balancer.close()
             self.balancer = None
+
+
+def _say_frozen(model: nn.Module) -> None:
+    tables = {n: each for n, each in model.named_modules() if isinstance(each, Table)}
+    frozen = [name for name, table in tables.items() if not table.weight.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{', '.join(frozen)}: frozen, so rows keep their values in this training; where that "
+            "is not meant, as after get_peft_model, give requires_grad back and make the optimiser "
+            "afterwards",
+            UntrainedRowsWarning,
+            stacklevel=2,
+        )
 
 
 def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
@@ -129,3 +172,10 @@ def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
                 f"{name}: {kind.__name__} does not see the gradients of rows, which would stay as "
                 "they are; give Trainer optimizers=(JointOptimizer(model, ...), None)"
             )
+    for name, fuse in model.named_modules():
+        for part, parameter in fuse.named_parameters() if isinstance(fuse, Fuse) else ():
+            if parameter.requires_grad and id(parameter) not in held:
+                raise ConfigError(
+                    f"{name}.{part}: not in the optimiser, so it would stay as it is; make "
+                    "JointOptimizer of this model, or freeze it"
+                )
