@@ -261,7 +261,7 @@ def test_a_pack_is_small_and_whole_or_refused(saved, tmp_path):
         (lambda w: {LAW_KV: w[LAW_KV][:-1].clone()}, "size mismatch for .*kv.weight"),
         (lambda w: {LAW_KV: None}, "the weights lack .*kv.weight"),
     ],
-    ids=str,
+    ids=["scale of a table", "fp8", "scale of a projection", "cut", "missing"],
 )
 def test_a_pack_that_somebody_quantised_is_refused_by_name(
     saved, tmp_path, memory, change, message
