@@ -26,8 +26,7 @@ import engram_lm
 from engram_lm import CanonicalMap, MemoryConfig, Specification
 from engram_lm.errors import ConfigError
 from engram_lm.model import probe
-from engram_lm.model.attached_decoder import decoder_layers
-from engram_lm.model.small_copy import VOCABULARY, kinds, small_copy
+from engram_lm.model.small_copy import VOCABULARY, decoder_layers, kinds, small_copy
 from engram_lm.studies.record import Record
 
 FAMILIES: Any = MODEL_FOR_CAUSAL_LM_MAPPING

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import engram_lm
 from engram_lm.errors import ConfigError
 from engram_lm.model import attach, probe
-from engram_lm.model.attached_decoder import decoder_layers
 from engram_lm.model.limits import check
+from engram_lm.model.small_copy import decoder_layers
 
 ROOT = Path(__file__).parents[1]
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}

@@ -21,8 +21,8 @@ from engram_lm.memory.lookup import Pending
 from engram_lm.memory.ngrams import Addresses
 from engram_lm.memory.specification import Specification
 from engram_lm.memory.window import Window
-from engram_lm.model.attached_decoder import decoder_layers
 from engram_lm.model.decoder import MemoryDecoder
+from engram_lm.model.small_copy import decoder_layers
 
 
 @contextmanager

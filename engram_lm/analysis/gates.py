@@ -20,7 +20,7 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluate.answers import NOT_FINITE, separator_of
 from engram_lm.evaluate.inference import inference
 from engram_lm.memory.fuse import Fuse, Fused
-from engram_lm.model.attached_decoder import decoder_layers
+from engram_lm.model.small_copy import decoder_layers
 
 Values = npt.NDArray[np.float32]
 Nested = list[list[list[float]]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.fuse import Fuse, Fused
-from engram_lm.model.attached_decoder import decoder_layers
+from engram_lm.model.small_copy import decoder_layers
 
 
 class Residual:

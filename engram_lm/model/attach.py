@@ -20,12 +20,13 @@ from engram_lm.model.attached import (
     attached_model,
 )
 from engram_lm.model.attached_config import bare_config
-from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
+from engram_lm.model.attached_decoder import AttachedDecoder
 from engram_lm.model.cache import StateLayer
 from engram_lm.model.config import TABLE_DTYPES
 from engram_lm.model.identity import name_after, record_outputs
 from engram_lm.model.pretrained import MemoryPreTrained
 from engram_lm.model.probe import probe
+from engram_lm.model.small_copy import decoder_layers
 from engram_lm.model.surgery import canonical_of, silence
 
 TRIED = 2

@@ -29,13 +29,14 @@ from engram_lm.model.attached_config import (
     attached_config,
     check_saved,
 )
-from engram_lm.model.attached_decoder import AttachedDecoder, decoder_layers
+from engram_lm.model.attached_decoder import AttachedDecoder
 from engram_lm.model.directory import HUB
 from engram_lm.model.generation import EngramLMGenerationMixin
 from engram_lm.model.identity import FamilyCode, convert_as, know_as_causal
 from engram_lm.model.memory_pack import MemoryPack
 from engram_lm.model.pack_reading import chosen
 from engram_lm.model.pretrained import MemoryPreTrained
+from engram_lm.model.small_copy import decoder_layers
 
 CAUSAL_LMS: Any = MODEL_FOR_CAUSAL_LM_MAPPING
 DECODERS: Any = MODEL_MAPPING

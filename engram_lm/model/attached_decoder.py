@@ -28,6 +28,7 @@ from engram_lm.model.memory_pack import MemoryPack
 from engram_lm.model.pack_reading import Choice, PackReading, chosen, read_packs
 from engram_lm.model.probe import CROP, probe
 from engram_lm.model.reading import Reading
+from engram_lm.model.small_copy import decoder_layers
 
 READING = "engram_reading"
 """The keyword that layers are given."""
@@ -223,24 +224,3 @@ def _before(
         return (reading.add(index, fuse, args[0]), *args[1:]), kwargs
     kwargs["hidden_states"] = reading.add(index, fuse, kwargs["hidden_states"])
     return args, kwargs
-
-
-def decoder_layers(decoder: Any) -> nn.ModuleList:
-    """The list of a decoder's layers. ConfigError where it has no list of their number, or two."""
-    count = getattr(decoder.config, "num_hidden_layers", None)
-    if count is None:
-        raise ConfigError(
-            f"{type(decoder).__name__}: its configuration has no num_hidden_layers; a decoder of "
-            "text alone is needed"
-        )
-    lists = [
-        module
-        for module in decoder.children()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if len(lists) != 1:
-        raise ConfigError(
-            f"{type(decoder).__name__}: {len(lists)} lists of {count} decoder layers stand in it; "
-            "one is needed"
-        )
-    return lists[0]

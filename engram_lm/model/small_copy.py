@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from engram_lm.errors import ConfigError
+
 VOCABULARY = 64
 FIRST_ID = 3
 """Token ids below it stand for the pad and other special tokens."""
@@ -39,6 +41,27 @@ _WINDOWS = re.compile(r"sliding_window$|window_size$|attention_chunk_size$")
 _CHUNKS = re.compile(r"^(mamba_)?chunk_size$")
 _KIND = ("layer_type", "attention_type", "block_type", "sliding_window", "is_sliding")
 """What layers of one class are told apart by."""
+
+
+def decoder_layers(decoder: Any) -> nn.ModuleList:
+    """The list of a decoder's layers. ConfigError where it has no list of their number, or two."""
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    if count is None:
+        raise ConfigError(
+            f"{type(decoder).__name__}: its configuration has no num_hidden_layers; a decoder of "
+            "text alone is needed"
+        )
+    lists = [
+        module
+        for module in decoder.children()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(lists) != 1:
+        raise ConfigError(
+            f"{type(decoder).__name__}: {len(lists)} lists of {count} decoder layers stand in it; "
+            "one is needed"
+        )
+    return lists[0]
 
 
 def kinds(layers: nn.ModuleList) -> list[str]:
@@ -70,7 +93,7 @@ def small_copy(family: Any, config: Any, layer_kinds: list[str]) -> Any:
         with torch.random.fork_rng(devices=[]):
             for small in _configurations(config, min(count, len(layer_kinds))):
                 model = _made(family, small)
-                if model is not None:
+                if model is not None and _has(model, layer_kinds):
                     return model
     except Exception:  # whatever a family's configuration makes of other sizes
         return None
@@ -95,6 +118,11 @@ def _made(family: Any, small: Any) -> Any:
             return model if model(input_ids=ids).logits.isfinite().all() else None
     except Exception:  # whatever a family's class makes of sizes that do not fit each other
         return None
+
+
+def _has(model: Any, layer_kinds: list[str]) -> bool:
+    """Whether it has layers of as many kinds; classes may differ, where the model is quantised."""
+    return len(set(kinds(decoder_layers(model.base_model)))) == len(set(layer_kinds))
 
 
 @torch.no_grad()
