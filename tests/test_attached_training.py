@@ -27,6 +27,8 @@ from engram_lm.train.freeze import freeze
 pytestmark = [
     # transformers' new names for what PEFT and TRL still call by the old ones.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT, of a model that it cannot open by its name.
+    pytest.mark.filterwarnings("ignore:Could not find a config file in a model changed"),
 ]
 
 

@@ -22,6 +22,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 # TRL and PEFT still ask for it by its old name.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+# PEFT, of a model that it cannot open by its name.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in a model changed:UserWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_snippets_run(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -27,6 +27,8 @@ from engram_lm.model.identity import NO_NAME, UNSAVED
 pytestmark = [
     # transformers' new names for what PEFT still calls by the old ones.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT, of a model that it cannot open by its name.
+    pytest.mark.filterwarnings("ignore:Could not find a config file in a model changed"),
 ]
 
 IDS = torch.randint(2, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(9))
@@ -159,6 +161,16 @@ def test_a_model_given_a_memory_in_place_is_opened_by_no_name_until_it_is_saved(
     assert model.config.architectures == ["LlamaForCausalLM"]
     # Nobody knows where the backbone of this one was.
     assert engram_lm.detach(opened).config.name_or_path == UNSAVED
+
+
+def test_a_familys_class_refuses_a_configuration_of_ours(tmp_path):
+    attached("llama").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="open it with AutoModelForCausalLM"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    for kind in (AutoModelForCausalLM, AttachedForCausalLM):
+        opened = kind.from_pretrained(tmp_path, config=config)
+        assert isinstance(opened, AttachedForCausalLM)
 
 
 def test_an_adapter_of_a_saved_model_is_opened_with_its_memory(tmp_path):

@@ -12,7 +12,7 @@ from tiny import canonical_map
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import engram_lm
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.model import attach, probe
 from engram_lm.model.limits import check
 from engram_lm.model.small_copy import decoder_layers
@@ -114,6 +114,54 @@ def test_a_small_copy_of_a_large_model_is_tried_and_that_once(monkeypatch):
     assert config.to_dict() == before and torch.equal(torch.random.get_rng_state(), state)
     monkeypatch.setattr(probe, "small_copy", None)
     assert probe.probe(type(model), config, layers) == verdict
+
+
+def test_what_the_caller_is_in_the_middle_of_changes_no_verdict(monkeypatch):
+    default = torch.get_default_dtype()
+    for surroundings in (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+        torch.inference_mode(),
+    ):
+        monkeypatch.setattr(probe, "_VERDICTS", {})
+        model = bare("llama")
+        with surroundings:
+            assert probe.probe(type(model), model.config, model.model.layers) == {}
+    monkeypatch.setattr(probe, "_VERDICTS", {})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert probe.probe(type(model), model.config, model.model.layers) == {}
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_a_window_that_no_text_fills_is_none_and_a_changed_one_is_asked_of_anew(tmp_path):
+    assert made_mistral(4096).config.refused_modes == {}
+    assert set(made_mistral(6).config.refused_modes) == {probe.AFTER}
+    made_mistral(None).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.refused_modes == {}
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, sliding_window=6)
+    assert set(opened.model.refused_modes) == {probe.AFTER}
+    record = json.loads((tmp_path / "config.json").read_text())
+    for wrong in ("packed documents", 5, ["crop"], {"crop": None}):
+        (tmp_path / "config.json").write_text(json.dumps({**record, "refused_modes": wrong}))
+        with pytest.raises(DataError, match="refused_modes="):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def made_mistral(window):
+    return engram_lm.attach(bare("mistral", sliding_window=window), canonical_map(), memory())
+
+
+def test_right_padding_that_no_text_follows_is_let_pass_under_any_mask():
+    model = made_mistral(6)
+    ids, mask = torch.arange(8)[None] + 3, torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
+    seen = torch.ones(8, 8).tril()[None, None] * mask[:, None, None]
+    hidden = torch.zeros(seen.shape).masked_fill(seen == 0, torch.finfo().min)
+    model(ids, attention_mask=hidden, padding_mask=mask, use_cache=False)
+    with pytest.raises(ConfigError, match="text after right padding"):
+        model(ids, attention_mask=hidden, padding_mask=mask, use_cache=True)
 
 
 def test_the_verdict_is_saved_and_asked_anew_of_another_transformers(tmp_path, monkeypatch):
@@ -220,6 +268,15 @@ def test_every_failure_of_attach_is_one_line_of_ours_and_leaves_the_model(monkey
     for wrong in ("a tokenizer", 7, None):
         with pytest.raises(engram_lm.EngramError):
             engram_lm.attach(bare("llama"), wrong, memory())
+    # Names that were not the configuration's.
+    model = bare("llama")
+    model.name_or_path, model.model.name_or_path = "outer", "inner"
+    with pytest.raises(engram_lm.EngramError):
+        engram_lm.attach(model, torch.arange(3), memory())
+    monkeypatch.setattr(attach, "_try", lambda model: 1 / 0)
+    with pytest.raises(ConfigError):
+        engram_lm.attach(model, canonical_map(), memory())
+    assert (model.name_or_path, model.model.name_or_path) == ("outer", "inner")
     # Stopped by the user, in the middle of it.
     model = bare("llama")
     monkeypatch.setattr(attach, "_try", lambda model: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -25,6 +25,12 @@ def index(directory: Path, names: dict[str, str]) -> None:
     (directory / "model.safetensors.index.json").write_text(text)
 
 
+def test_a_memory_in_a_layer_that_the_configuration_does_not_name_is_refused(checkpoint):
+    name = "model.layers.7.ple.norm_query.weight"
+    with pytest.raises(DataError, match=f"{name} is of a memory"):
+        Released(checkpoint({name: torch.ones(4)})).fuse(1)
+
+
 def test_files_that_hold_one_name_are_refused_unless_an_index_decides(checkpoint):
     """A stale shard beside the one file, or two shards: rows of the one or of the other."""
     directory = checkpoint({})

@@ -241,6 +241,55 @@ def test_accumulation_neither_warns_nor_drops(kind):
         torch.testing.assert_close(one.row_gradient.values_UE, other.row_gradient.values_UE)
 
 
+@pytest.mark.parametrize("clear", ["model", "rows"])
+def test_a_step_that_left_rows_is_named_by_whoever_clears_them(clear):
+    model = given()
+    optimizer, never_stepped = torch.optim.AdamW(dense(model)), RowAdam(tables(model).values(), 0.1)
+    before = rows_of(model)
+    loss(model).backward()
+    optimizer.step()
+    with pytest.warns(UntrainedRowsWarning, match="AdamW has stepped this model and left"):
+        (model if clear == "model" else never_stepped).zero_grad()
+    assert not any(moved(model, before))
+    loss(model).backward()
+    optimizer.step()
+    never_stepped.step()  # it has now
+    model.zero_grad()
+
+
+def test_gradients_around_a_frozen_fusion_may_be_masked_laid_out_anew_or_sparse():
+    def masked(model):
+        model.get_input_embeddings().weight.grad[:50] = 0
+
+    def laid_out(model):
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.grad = weight.grad.t().contiguous().t()
+
+    def nothing(model):
+        pass
+
+    for change in (masked, laid_out, nothing):
+        model = attached("llama").train()
+        freeze(model, ("fusion",))
+        if change is nothing:
+            model.get_input_embeddings().sparse = True
+        optimizer = RowAdam(tables(model).values(), 0.1)
+        loss(model).backward()
+        change(model)
+        before = rows_of(model)
+        optimizer.step()
+        assert all(moved(model, before))
+
+
+def test_a_copy_in_the_middle_of_an_accumulation_has_no_gradient_at_all():
+    model = given()
+    loss(model).backward()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(table.row_gradient is None for table in tables(other).values())
+        assert all(parameter.grad is None for parameter in copy.deepcopy(model).parameters())
+    assert all(table.row_gradient is not None for table in tables(model).values())
+
+
 def test_models_and_their_optimisers_do_not_hear_of_each_other():
     one, other = attached("llama").train(), attached("llama", seed=1).train()
     step = JointOptimizer(one, lr=0.01)
@@ -264,6 +313,8 @@ def test_a_closure_that_clears_is_followed():
     with pytest.warns(UntrainedRowsWarning, match="dropped"):
         optimizer.step(closure)
     joint = JointOptimizer(model, lr=0.01)
+    with pytest.warns(UntrainedRowsWarning, match="LBFGS has stepped this model"):
+        joint.zero_grad()
 
     def ours():
         joint.zero_grad()

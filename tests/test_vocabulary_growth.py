@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import bare, memory, speak
-from tiny import tiny_model
+from families import attached, bare, memory, speak
+from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -78,6 +78,16 @@ def with_added(ids: torch.Tensor) -> torch.Tensor:
 
 def rows(model, ids) -> torch.Tensor:
     return model.base_model.memory.addresses.rows(ids)
+
+
+def test_a_vocabulary_that_was_changed_in_part_is_not_saved(tmp_path):
+    inner, exchanged = attached("llama"), attached("llama")
+    inner.base_model.resize_token_embeddings(VOCABULARY + 5)
+    exchanged.set_input_embeddings(torch.nn.Embedding(VOCABULARY + 5, 32))
+    for model in (inner, exchanged):
+        with pytest.raises(ConfigError, match="rows, and vocab_size is"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -52,6 +52,8 @@ class CanonicalMap:
         if not isinstance(ids_V, Tensor) or ids_V.dtype not in INTEGERS:
             what = ids_V.dtype if isinstance(ids_V, Tensor) else f"a {type(ids_V).__name__}"
             raise ConfigError(f"canonical map: a tensor of integers is needed, this is {what}")
+        if ids_V.is_meta:
+            raise ConfigError("canonical map: a tensor with values is needed, this one is meta")
         if ids_V.ndim != 1 or not len(ids_V):
             raise DataError(
                 f"canonical map of shape {tuple(ids_V.shape)}: one id for each token id is needed"

@@ -138,6 +138,13 @@ class Table(nn.Module, RowStore):
         """Draws new rows, of standard deviation 0.02."""
         nn.init.normal_(self.weight, std=0.02)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no gradient, as copies of parameters have none."""
+        state = dict(self.__dict__)
+        if "row_gradient" in state:
+            state["row_gradient"] = None
+        return state
+
     @property  # what .to(dtype) makes of the parameter shows here
     def format(self) -> RowFormat:  # type: ignore[override]
         """How a row's bytes are read: values of the parameter's dtype, no scales."""

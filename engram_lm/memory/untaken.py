@@ -55,6 +55,8 @@ class _Mark(NamedTuple):
 
     parameter: "weakref.ref[nn.Parameter]"
     norm: Tensor
+    own: bool
+    """Of the memory itself, and not of the model around it."""
 
 
 @dataclass
@@ -89,7 +91,13 @@ class _Memory:
 
     def mark(self) -> None:
         grads = [(parameter, parameter.grad) for parameter in self.dense()]
-        self.marks = [_Mark(weakref.ref(p), _norm(grad)) for p, grad in grads if grad is not None]
+        fuses = [fuse for fuse in (each() for each in self.fuses) if fuse is not None]
+        own = {id(parameter) for fuse in fuses for parameter in fuse.parameters()}
+        self.marks = [
+            _Mark(weakref.ref(p), _norm(grad), id(p) in own)
+            for p, grad in grads
+            if grad is not None
+        ]
         for table in self.tables:
             gradient = table.local_gradient
             values = None if gradient is None else weakref.ref(gradient.values_UE)
@@ -114,8 +122,16 @@ class _Memory:
 
     def rescaled(self) -> bool:
         """Whether a dense gradient is another than the last backward pass left, and still there."""
-        # By value: clipping without a limit, by which Trainer takes norms, changes none.
-        return any(now != before and not math.isnan(now) for before, now in self.norms())
+        # By value: clipping without a limit, by which Trainer takes norms, changes none. A gradient
+        # laid out anew has its norm to rounding.
+        differs = [
+            not (math.isnan(now) or math.isclose(now, before, rel_tol=1e-6))
+            for before, now in self.norms()
+            if before != 0
+        ]
+        # Around the memory, one of many gradients may be masked, as those of old tokens are.
+        own = any(mark.own for mark in self.marks)
+        return any(differs) if own else bool(differs) and all(differs)
 
     def has(self, parameters: set[int]) -> bool:
         """Whether one of the marked parameters is among them, by id."""
@@ -180,16 +196,27 @@ def before_forward(table: Trained) -> None:
         _say_left(table, watch, watch.passed_by)
 
 
+def cleared(table: Trained) -> None:
+    """Before a row gradient is cleared on purpose: says so where an optimiser has stepped the model
+    and left it."""
+    watch = _watch(table)
+    if table.holds_gradient and watch.passed_by is not None and not watch.taken:
+        _say_left(table, watch, watch.passed_by)
+    watch.taken, watch.passed_by = False, None
+
+
 def before_adding(table: Trained) -> None:
     """In a backward pass, before this table's gradient is added to what is there."""
     watch = _watch(table)
     memory = watch.memory
     if not memory.in_backward:
+        held = [each for each in memory.tables if each.holds_gradient]
         memory.in_backward, memory.stepped, memory.changed = True, False, False
-        if _renewed(memory.seen):
-            for each in memory.tables:
-                if each.holds_gradient:
-                    _drop(each, _watch(each))
+        renewed = bool(held) and _renewed(memory.seen)
+        for each in held:
+            # Where one cannot tell, what an optimiser has taken is not part of an accumulation.
+            if renewed or (_distributed() and _watch(each).taken):
+                _drop(each, _watch(each))
         memory.marks, memory.seen = [], []
         engine = torch.autograd.Variable._execution_engine
         # At the end of this pass, and there again: DDP writes its means at the end too.
@@ -288,7 +315,7 @@ def _drop(table: Trained, watch: _Watch) -> None:
     taken, passed_by = watch.taken, watch.passed_by
     table.row_gradient = None
     watch.taken, watch.passed_by = False, None
-    if passed_by is not None and not taken:
+    if passed_by is not None and not taken and not watch.optimizers:
         _say_left(table, watch, passed_by)
     elif not taken:
         _say(
@@ -306,7 +333,7 @@ def _say_left(table: Trained, watch: _Watch, optimizer: str) -> None:
     _say(
         table,
         watch,
-        "left",
+        f"left by {optimizer}",
         f"{optimizer} has stepped this model and left the gradients of its rows, which are not in "
         ".grad: rows keep their values. Train them with a JointOptimizer or RowAdam of this model "
         "as it is (EngramTrainer makes one), or freeze the table with requires_grad_(False)",
@@ -341,10 +368,14 @@ def _renewed(seen: "list[tuple[weakref.ref[nn.Parameter], weakref.ref[Tensor]]]"
     """Whether every gradient of the last forward pass is gone, and new ones stand in their place or
     will: zero_grad came between forward and backward pass."""
     # A pass that can be differentiated adds out of place, and DDP moves gradients into its buckets.
-    if torch.is_grad_enabled() or (dist.is_available() and dist.is_initialized()):
+    if torch.is_grad_enabled() or _distributed():
         return False
     before = [(grad(), _grad(parameter)) for parameter, grad in seen]
     return bool(before) and all(old is None or old is not new for old, new in before)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _grad(parameter: "weakref.ref[nn.Parameter]") -> Tensor | None:
@@ -355,4 +386,6 @@ def _grad(parameter: "weakref.ref[nn.Parameter]") -> Tensor | None:
 def _norm(grad: Tensor) -> Tensor:
     """Of what this worker holds."""
     here: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
+    if here.is_sparse:
+        here = here.coalesce().values()
     return torch.linalg.vector_norm(here.detach())

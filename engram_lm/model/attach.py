@@ -78,10 +78,13 @@ def _attached(
     config.__class__ = kind.config_class
     config.memory = None if memory is None else memory.to_dict()
     config.table_dtype = table_dtype
-    config.refused_modes = probe(family, bare, layers)
+    # Under accelerate's init_empty_weights no copy can be made; then the first call asks.
+    config.refused_modes = None if model.device.type == "meta" else probe(family, bare, layers)
     config.check()
     config.architectures = [kind.__name__]
     origin = bare.name_or_path
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    names = [part.name_or_path for part in parts]
     try:
         _exchange(model, config)
         _become(model, kind)
@@ -96,6 +99,8 @@ def _attached(
         _try(model)
     except BaseException:
         _take_off(model, bare, origin)
+        for part, name in zip(parts, names, strict=True):
+            part.name_or_path = name
         raise
     return model
 

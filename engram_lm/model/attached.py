@@ -84,7 +84,9 @@ class AttachedForCausalLM(FamilyCode, MemoryPreTrained, EngramLMGenerationMixin)
         """
         if cls is AttachedForCausalLM:
             hub = {name: kwargs[name] for name in HUB if name in kwargs}
-            config = AutoConfig.from_pretrained(kwargs.get("config") or path, **hub)
+            config = kwargs.get("config")
+            if not hasattr(config, "memory_config"):
+                config = AutoConfig.from_pretrained(config or path, **hub)
             if not hasattr(config, "memory_config"):
                 raise MismatchError(f"{path}: a {config.model_type!r} without memory")
             cls = CAUSAL_LMS[type(config)]

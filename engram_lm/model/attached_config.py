@@ -22,6 +22,7 @@ from engram_lm.model.config import (
     WEIGHTS_OF_OURS,
     from_dict,
     memory_config,
+    opens_ours,
 )
 
 PREFIX = "Engram"
@@ -32,6 +33,8 @@ _OF_THE_FILE = ("model_type", BACKBONE, "auto_map", *WEIGHTS_OF_OURS)
 _MODULE = REMOTE_CODE.removesuffix(".py")
 
 
+_AS_BEFORE = {"dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache"}
+"""Fields that a model may be opened with others of, and computes as before."""
 _OURS = ("memory", "table_dtype", "refused_modes")
 """What the family's configuration has not."""
 
@@ -57,6 +60,11 @@ class _WithMemory:
             "AutoModelForCausalLM": f"{_MODULE}.AttachedForCausalLM",
         }
 
+    @property
+    def transformers_weights(self) -> str | None:
+        """The name of no file, by which a family's own class refuses this configuration."""
+        return None if opens_ours() else WEIGHTS_OF_OURS["transformers_weights"]
+
     @classmethod
     def get_config_dict(cls, path: Any, **kwargs: Any) -> Any:
         """What config.json holds, with the family's model_type, which transformers compares with
@@ -76,8 +84,16 @@ class _WithMemory:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Of what config.json holds."""
         record = {k: v for k, v in config_dict.items() if k not in _OF_THE_FILE}
-        if record.get("transformers_version") != transformers.__version__:
-            record["refused_modes"] = None
+        modes = record.get("refused_modes")
+        changed = (set(kwargs) - _AS_BEFORE) & set(record)
+        if changed or record.get("transformers_version") != transformers.__version__:
+            record["refused_modes"] = None  # of another model, or by other code
+        elif modes is not None and not (
+            isinstance(modes, dict) and all(isinstance(each, str) for each in modes.values())
+        ):
+            raise DataError(
+                f"config.json: refused_modes={shown(modes)}: null, or an object of texts, is needed"
+            )
         return from_dict(super().from_dict, record, kwargs)  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:

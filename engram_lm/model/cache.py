@@ -76,9 +76,11 @@ class PackLayer(StateLayer):
 
 def begun(cache: Cache) -> bool:
     """Whether tokens have been read through this cache, by the layers' account or by ours."""
-    return any(
+    if any(
         isinstance(layer, StateLayer) and layer.state.past is not None for layer in cache.layers
-    ) or bool(cache.get_seq_length())
+    ):
+        return True
+    return not torch.compiler.is_compiling() and bool(cache.get_seq_length())
 
 
 def decoding_state(cache: Cache, layers: int, keep: int, kept: str | None = None) -> DecodingState:

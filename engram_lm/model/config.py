@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,23 @@ WEIGHTS_OF_OURS = {
 }
 """In every config.json. Another family's class takes it for the name of the weights' file, and its
 from_pretrained raises an error that shows it, instead of opening the model without its memory."""
+
+_OPENED_BY_US: ContextVar[bool] = ContextVar("a model is opened by our own class", default=False)
+
+
+@contextmanager
+def opened_by_us() -> Iterator[None]:
+    """Inside, configurations with memory name no file of weights that is none."""
+    token = _OPENED_BY_US.set(True)
+    try:
+        yield
+    finally:
+        _OPENED_BY_US.reset(token)
+
+
+def opens_ours() -> bool:
+    """True inside `opened_by_us`."""
+    return _OPENED_BY_US.get()
 
 
 @strict

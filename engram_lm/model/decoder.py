@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, H earlier positions.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,8 +39,6 @@ class MemoryDecoder(MemoryPreTrained):
     """Instead of tables, where rows stay in files."""
     keep: int
     """Positions that decoding must remember."""
-    refused_modes: Mapping[str, str] = MappingProxyType({})
-    """What the layers get wrong without memory, and how it showed."""
 
     def make_tables(self, memory: MemoryConfig | None) -> None:
         """Gives the decoder what belongs to all layers; those of a memory have their Fuse."""
@@ -123,6 +120,11 @@ class MemoryDecoder(MemoryPreTrained):
         rows_LBTH = addresses.rows(token_ids_BT[:, -1:], history_BH)
         for served, rows_BTH in zip(self.served.layers.values(), rows_LBTH, strict=True):
             served.expect(rows_BTH.reshape(-1))
+
+    @property
+    def refused_modes(self) -> Mapping[str, str]:
+        """What the layers get wrong without memory, and how it showed: of ours nothing."""
+        return {}
 
     def state_of(self, cache: Cache) -> DecodingState:
         """What a cache remembers for this memory; a fresh state is put into a new one."""

@@ -60,6 +60,16 @@ def begin(model: Any, directory: Path, options: dict[str, Any]) -> None:
                 f"the embedding has {rows} rows, and this model knows of {known}: it was resized "
                 f"through a model that shares it; call resize_token_embeddings({rows}) here too"
             )
+    for name, part in (
+        ("embedding", embedding),
+        ("head", model.get_output_embeddings()),
+    ):
+        rows = len(getattr(part, "weight", ()))
+        if rows not in (0, model.config.vocab_size):
+            raise ConfigError(
+                f"the {name} has {rows} rows, and vocab_size is {model.config.vocab_size}: the "
+                "files could not be opened again; call resize_token_embeddings of the model"
+            )
     weights = options.get("state_dict")
     if has_adapter(model):
         for name in ("state_dict", "push_to_hub", "distributed_checkpoint"):

@@ -53,8 +53,10 @@ def check(
     padding, and padding_mask_BT what it can. positions_BT: those that attention goes by, or None;
     placed: whether the caller gave position_ids. Reads values of the masks.
     """
-    if not refused or torch.compiler.is_compiling():
+    if not refused:
         return
+    # A graph cannot branch on what a mask holds: compiled, the modes of masks are not looked at.
+    compiling = torch.compiler.is_compiling()
     past = cache is not None and begun(cache)
     seen_BW = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     happens: dict[str, Callable[[], bool]] = {
@@ -62,7 +64,9 @@ def check(
         UNPLACED: lambda: past and not placed,
         CHUNKS: lambda: past and tokens > 1,
     }
-    if seen_BW is not None:
+    if compiling:
+        pass
+    elif seen_BW is not None:
         earlier_BW = seen_BW[:, : seen_BW.shape[1] - tokens]
         happens[LEFT] = lambda: not bool(seen_BW[:, 0].all())
         happens[AFTER] = lambda: past and _ends(earlier_BW)
@@ -70,11 +74,11 @@ def check(
     elif padding_mask_BT is not None:
         seen_BT = padding_mask_BT.bool()
         happens[LEFT] = lambda: not past and not bool(seen_BT[:, 0].all())
-        happens[AFTER] = lambda: _ends(seen_BT)
+        happens[AFTER] = lambda: cache is not None and _ends(seen_BT)
         happens[LATER] = lambda: past and not bool(seen_BT.all())
     if LEFT in happens and not placed:
         happens[LEFT_UNPLACED] = happens[LEFT]
-    if positions_BT is not None and seen_BW is None:
+    if positions_BT is not None and seen_BW is None and not compiling:
         starts_BT = positions_BT[:, 1:] != positions_BT[:, :-1] + 1
         if padding_mask_BT is not None:
             starts_BT = starts_BT & padding_mask_BT[:, :-1].bool()

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from engram_lm.errors import ConfigError, DataError, MismatchError, instance
+from engram_lm.errors import ConfigError, DataError, MismatchError, instance, whole_number
+from engram_lm.memory import untaken
 from engram_lm.memory.canonical import CanonicalMap
 from engram_lm.memory.fuse import Fuse, ShortConv
 from engram_lm.memory.ngrams import Addresses
@@ -21,6 +22,7 @@ from engram_lm.memory.served import ServedTables
 from engram_lm.memory.table import Table
 from engram_lm.model import directory, serve
 from engram_lm.model.adapters import adapters_aside, has_adapter
+from engram_lm.model.config import opened_by_us
 from engram_lm.model.identity import NO_NAME, UNSAVED
 from engram_lm.store.weights import check_as_transformers_reads
 
@@ -71,6 +73,7 @@ class MemoryPreTrained(PreTrainedModel):
         super().zero_grad(set_to_none)
         for module in self.modules():
             if isinstance(module, Table):
+                untaken.cleared(module)
                 module.row_gradient = None
 
     def save_pretrained(
@@ -131,7 +134,7 @@ class MemoryPreTrained(PreTrainedModel):
         elsewhere = nullcontext() if budget is None else serve.rows_in_files()
         try:
             # Sizes are compared below, where the error can say which and how.
-            with elsewhere:
+            with elsewhere, opened_by_us():
                 loaded: Any = super().from_pretrained(
                     path, *inputs, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
                 )
@@ -186,6 +189,9 @@ class MemoryPreTrained(PreTrainedModel):
         """
         decoder: Any = self.base_model
         if new_num_tokens is not None:
+            new_num_tokens = whole_number("new_num_tokens", new_num_tokens, least=1)
+            if pad_to_multiple_of is not None:
+                whole_number("pad_to_multiple_of", pad_to_multiple_of, least=1)
             multiple = pad_to_multiple_of or 1
             size = -(-new_num_tokens // multiple) * multiple
             for name, holder in decoder.memories().items():

@@ -8,7 +8,9 @@ Shapes: B sequences, T tokens, W positions of the text so far, V token ids.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ _SHORT = (WINDOW, 1, 2, WINDOW - 1)
 _PAD = 1
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""The default dtype is that of all threads."""
 _VERDICTS: dict[str, dict[str, str]] = {}
 """Class, layers and configuration -> what `probe` gave."""
 
@@ -50,14 +54,31 @@ def probe(family: Any, config: Any, layers: nn.ModuleList) -> dict[str, str]:
     record = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     key = repr((family, layer_kinds, sorted(record.items())))
     if key not in _VERDICTS:
-        model = small_copy(family, config, layer_kinds)
-        if model is None:
-            words = "it could not be tried, because no small copy of the model could be made"
-            _VERDICTS[key] = dict.fromkeys(MODES, words)
-        else:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                _VERDICTS[key] = measure(model)
+        with _plain_surroundings():
+            model = small_copy(family, config, layer_kinds)
+            if model is None:
+                words = "it could not be tried, because no small copy of the model could be made"
+                return dict.fromkeys(MODES, words)
+            _VERDICTS[key] = measure(model)
     return dict(_VERDICTS[key])
+
+
+@contextmanager
+def _plain_surroundings() -> Iterator[None]:
+    """Float32 on the CPU, whatever the caller is in the middle of: a verdict stays."""
+    with _ONE_AT_A_TIME:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+                torch.device("cpu"),
+                torch.autocast("cpu", enabled=False),
+            ):
+                yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def measure(model: Any) -> dict[str, str]:

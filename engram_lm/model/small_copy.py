@@ -79,26 +79,20 @@ def kinds(layers: nn.ModuleList) -> list[str]:
 
 
 def small_copy(family: Any, config: Any, layer_kinds: list[str]) -> Any:
-    """A model of the class `family`, in float32 on the CPU, in evaluation mode; None where none can
-    be made.
+    """A model of the class `family`, in evaluation mode; None where none can be made.
 
     family: a causal language model's class of transformers. layer_kinds: from `kinds`, for the
-    layers of the model itself; the first layers are kept, until there is one of each kind. torch's
-    generators are left as they were.
+    layers of the model itself; the first layers are kept, until there is one of each kind. Draws
+    from torch's generator, and takes its default dtype and device.
     """
     count = max(2, 1 + max(layer_kinds.index(kind) for kind in set(layer_kinds)))
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng(devices=[]):
-            for small in _configurations(config, min(count, len(layer_kinds))):
-                model = _made(family, small)
-                if model is not None and _has(model, layer_kinds):
-                    return model
+        for small in _configurations(config, min(count, len(layer_kinds))):
+            model = _made(family, small)
+            if model is not None and _has(model, layer_kinds):
+                return model
     except Exception:  # whatever a family's configuration makes of other sizes
         return None
-    finally:
-        torch.set_default_dtype(default)
     return None
 
 
@@ -110,8 +104,7 @@ def _made(family: Any, small: Any) -> Any:
         if size > PARAMETERS:
             return None
         torch.manual_seed(0)
-        with torch.device("cpu"):
-            model = family(copy.deepcopy(small)).eval()
+        model = family(copy.deepcopy(small)).eval()
         _make_loud(model)
         ids = torch.arange(FIRST_ID, FIRST_ID + 2 * WINDOW)[None]
         with torch.no_grad():
@@ -176,18 +169,22 @@ def _shrunk(
         elif name.endswith("token_id") and value is not None:
             changed = 1 if name == "pad_token_id" else 2
         elif type(value) is int and value > 0:
-            changed = _smaller(name, value, by_heads, by_width, experts)
+            longest = getattr(config, "max_position_embeddings", None) or math.inf
+            changed = _smaller(name, value, by_heads, by_width, experts, longest)
         if changed is not value:
             setattr(small, name, changed)
     small.num_hidden_layers = layers
     return small
 
 
-def _smaller(name: str, value: int, by_heads: int, by_width: int, experts: bool) -> int:
+def _smaller(
+    name: str, value: int, by_heads: int, by_width: int, experts: bool, longest: float
+) -> int:
     if "vocab_size" in name:
         return VOCABULARY
     if _WINDOWS.search(name):
-        return min(value, WINDOW)
+        # One that no text can fill is none.
+        return min(value, WINDOW) if value < longest else value
     if _CHUNKS.search(name):
         return min(value, 8)
     if experts and _EXPERTS.search(name):

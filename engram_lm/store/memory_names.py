@@ -5,7 +5,7 @@ refused by its name: with a scale that nobody reads, rows look right and are not
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engram_lm.errors import DataError
@@ -59,6 +59,15 @@ class MemoryNames:
                 f"{self.directory}: the memory of layer {layer} lies under "
                 f"{len(prefixes)} prefixes: {' and '.join(sorted(prefixes.values())[:2])}"
             )
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """DataError for a memory in a layer that the configuration does not name."""
+        for number, suffixes in self._layers.items():
+            if int(number) not in layers:
+                raise DataError(
+                    f"{self.directory}: {self._stored[suffixes[0]][0]} is of a memory, and "
+                    f"config.json gives one to the layers {tuple(layers)} alone (zero-based)"
+                )
 
     def there(self, suffix: str) -> bool:
         """Whether a tensor of this name is stored: what stands before `layers.` differs."""

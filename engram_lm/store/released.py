@@ -315,7 +315,9 @@ class Released:
     @cached_property
     def _stored(self) -> MemoryNames:
         part = "engram" if self.family == "deepseek-v4.1" else "ple"
-        return MemoryNames(self.directory, part, self._files)
+        names = MemoryNames(self.directory, part, self._files)
+        names.check_layers(self.layers)
+        return names
 
     def _floats(self, suffix: str) -> Tensor:
         return _plain(self._stored.name(suffix), self._tensor(suffix))

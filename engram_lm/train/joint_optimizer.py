@@ -146,6 +146,7 @@ class JointOptimizer(torch.optim.Optimizer):
         """Drops all gradients, those of rows too."""
         super().zero_grad(set_to_none)
         for table in self.optimizers.groups.tables:
+            untaken.cleared(table)
             table.row_gradient = None
 
     def state_dict(self) -> dict[str, Any]:

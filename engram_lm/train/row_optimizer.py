@@ -115,6 +115,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the row gradients."""
         for table in self.tables:
+            untaken.cleared(table)
             table.row_gradient = None
 
     @torch.no_grad()

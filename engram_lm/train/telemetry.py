@@ -6,7 +6,6 @@ once. docs/training.md says what each name means.
 Shapes: L layers with a gate or a router, S streams, N tokens of a micro-batch, E experts.
 """
 
-import os
 import resource
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -148,12 +147,14 @@ def exchanged_bytes(tables: Sequence[Table]) -> int:
 def memory_figures(device: torch.device) -> dict[str, float]:
     """Bytes of this process: resident now (where the system tells) and at most; of the GPU too."""
     found: dict[str, float] = {}
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        pages = int(statm.read_text().split()[1])
-        found["memory/resident"] = pages * os.sysconf("SC_PAGE_SIZE")
-    unit = 1 if sys.platform == "darwin" else 1024
-    found["memory/resident_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had when it forked, too
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        found["memory/resident"] = int(lines["VmRSS"].split()[0]) * 1024
+        found["memory/resident_peak"] = int(lines["VmHWM"].split()[0]) * 1024
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["memory/resident_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
         found["memory/gpu"] = torch.cuda.memory_allocated(device)
         found["memory/gpu_peak"] = torch.cuda.max_memory_allocated(device)

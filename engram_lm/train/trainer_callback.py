@@ -142,6 +142,20 @@ def _say_frozen(model: nn.Module) -> None:
             UntrainedRowsWarning,
             stacklevel=2,
         )
+    silent = [
+        name
+        for name, fuse in model.named_modules()
+        if isinstance(fuse, Fuse)
+        and not fuse.kv.weight.requires_grad
+        and not bool(fuse.kv.weight[-fuse.width :].any())
+    ]
+    if silent:
+        warnings.warn(
+            f"{', '.join(silent)}: frozen, and its value projection is zero, so no gradient "
+            "reaches its rows; train the fusion too",
+            UntrainedRowsWarning,
+            stacklevel=2,
+        )
 
 
 def _check_tables(model: nn.Module, optimizer: Any, workers: int) -> None:
