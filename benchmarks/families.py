@@ -13,6 +13,7 @@ import engram_lm.openmp
 
 import argparse
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def tried(config_class: Any) -> dict[str, Any]:
         return {"state": "not tried", "why": f"{type(error).__name__}: {line[:120]}"}
     if model is None:
         return {"state": "not tried", "why": "no small copy of it runs"}
-    bare = probe.measure(model)
+    started = time.perf_counter()
+    bare = probe.measure(small_copy(family, config, kinds(layers)))
+    seconds = time.perf_counter() - started
     count = model.config.num_hidden_layers
     specification = Specification(
         layers=tuple(sorted({0, count - 1})),
@@ -94,7 +97,13 @@ def tried(config_class: Any) -> dict[str, Any]:
     with_memory = probe.measure(model)
     faults = [mode for mode in with_memory if mode not in bare]
     faults += [mode for mode in bare if not _by_name(mode, with_memory.get(mode, ""))]
-    return {"state": ATTACHED, "bare": bare, "with_memory": with_memory, "faults": faults}
+    return {
+        "state": ATTACHED,
+        "bare": bare,
+        "with_memory": with_memory,
+        "faults": faults,
+        "probe_seconds": seconds,
+    }
 
 
 def _by_name(mode: str, problem: str) -> bool:
@@ -146,6 +155,9 @@ def main() -> None:
             "refused": states.count(REFUSED),
             "not_tried": states.count("not tried"),
             "right_in_every_mode": sum(each.get("bare") == {} for each in families.values()),
+            "slowest_probe_seconds": max(
+                each.get("probe_seconds", 0.0) for each in families.values()
+            ),
             "faults": sum(len(each.get("faults", ())) for each in families.values()),
         }
         if arguments.only:

@@ -108,7 +108,7 @@ class RowFormat:
 
     @property
     def scale_dtype(self) -> torch.dtype | None:
-        """Of a row's scales, or of the table's; None where there are none."""
+        """What a row's scales, or the table's, are written in; None where there are none."""
         if self.tensor_scale is not None:
             return self.tensor_scale.dtype
         if self.scale_group is None:

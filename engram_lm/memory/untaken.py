@@ -56,7 +56,7 @@ class _Mark(NamedTuple):
     parameter: "weakref.ref[nn.Parameter]"
     norm: Tensor
     own: bool
-    """Of the memory itself, and not of the model around it."""
+    """Whether it belongs to the memory itself, and not to the model around it."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class _Memory:
     tables: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     fuses: "list[weakref.ref[Fuse]]" = field(default_factory=list)
     marks: list[_Mark] = field(default_factory=list)
-    """Of the last backward pass."""
+    """What the last backward pass left."""
     seen: "list[tuple[weakref.ref[nn.Parameter], weakref.ref[Tensor]]]" = field(
         default_factory=list
     )
@@ -105,7 +105,7 @@ class _Memory:
         self.in_backward = False
 
     def norms(self) -> list[tuple[float, float]]:
-        """Of each dense gradient as the last backward pass left it, and now, where it is there."""
+        """Norms of each dense gradient, as the last backward pass left it and now."""
         grads = [(mark.norm, _grad(mark.parameter)) for mark in self.marks]
         both = [norm for old, grad in grads if grad is not None for norm in (old, _norm(grad))]
         if not both:
@@ -150,7 +150,7 @@ class _Watch:
     passed_by: str | None = None
     """The optimiser that has stepped the model and left the gradient."""
     values: "weakref.ref[Tensor] | None" = None
-    """Of the row gradient, as the last backward pass left it."""
+    """Values of the row gradient, as the last backward pass left it."""
 
     def rescaled(self, table: Trained) -> bool:
         """Whether somebody has written to the row gradient since, or put another in its place."""
@@ -384,7 +384,7 @@ def _grad(parameter: "weakref.ref[nn.Parameter]") -> Tensor | None:
 
 
 def _norm(grad: Tensor) -> Tensor:
-    """Of what this worker holds."""
+    """The norm of what this worker holds."""
     here: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
     if here.is_sparse:
         here = here.coalesce().values()

@@ -123,7 +123,7 @@ class _Tried:
         cache: Any = None,
         placed: bool = True,
     ) -> Tensor:
-        """The same in as many passes as there are sizes, through one cache; in one without any
+        """Logits of as many passes as there are sizes, through one cache; in one without any
         where sizes is None. placed: with position_ids, as `generate` gives them."""
         if sizes is None:
             sizes = [ids_BT.shape[1]]

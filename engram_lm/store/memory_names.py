@@ -84,7 +84,7 @@ class MemoryNames:
         return names[0]
 
     def shards(self, suffix: str) -> list[str]:
-        """Of a table that is stored whole, or as shard_0 ... shard_n one below the other.
+        """Names of a table that is stored whole, or as shard_0 ... shard_n one below the other.
 
         DataError where there is none, one is missing among them, or the whole is there besides.
         """

@@ -141,7 +141,7 @@ class Verified(NamedTuple):
     """What a file holds, by reading all of it."""
 
     sha256: str
-    """Of the header with the checksums of what was read: that of the file itself if it is whole."""
+    """SHA-256 of the header with the checksums of what was read: the file's own if it is whole."""
     damaged: list[Damage]
     damaged_copies: list[Damage]
 
@@ -255,7 +255,7 @@ class Packed:
     def _blocks(
         self, progress: Callable[[int], None] | None
     ) -> Iterator[tuple[Damage | None, str]]:
-        """Of each block: its damage, and the SHA-256 of what is there."""
+        """The damage of each block, and the SHA-256 of what is there."""
         region, size = self.region, self.block_rows * self.region.row_bytes
         try:
             with region.path.open("rb", buffering=0) as file:
