@@ -23,7 +23,7 @@ WINDOW = 6
 HEAD_VALUES = 8
 """Values of a head that are left of more."""
 EXPERTS = 8
-PARAMETERS = 30_000_000
+PARAMETERS = 12_000_000
 """At most so many: they are drawn and used within 3 seconds on one core."""
 
 _WIDTH = re.compile(
