@@ -44,7 +44,7 @@ def attach(
     both are of the model's dtype, tables of `table_dtype` ("fp32", "bf16") where it is given.
     Rows and keys are drawn by torch's generator; the value projection is zero, and so is the short
     convolution. What the family itself gets wrong (packed documents, padding, a cache: see
-    `probe`) is tried once, in at most 3 seconds, and refused from then on.
+    `probe`) is tried once, mostly in under a second, and refused from then on.
     tokenizer: the model's, in any form that CanonicalMap.from_tokenizer takes, or a CanonicalMap.
     memory: None makes a place for memory packs alone (`load_pack`).
     ConfigError for a model that memory cannot be given to; MismatchError if the tokenizer has more

@@ -47,8 +47,8 @@ def probe(family: Any, config: Any, layers: nn.ModuleList) -> dict[str, str]:
     """Mode -> what is wrong with it, for the modes that the bare family gets wrong.
 
     family: a causal language model's class of transformers; config: its model's, without memory;
-    layers: the model's. All modes are wrong where no small copy can be made. Takes 3 seconds at
-    most, and once in a process for models alike.
+    layers: the model's. All modes are wrong where no small copy can be made. Takes seconds at
+    most (benchmarks/families.py records them), and once in a process for models alike.
     """
     layer_kinds = kinds(layers)
     record = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}

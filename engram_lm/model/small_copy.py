@@ -24,7 +24,7 @@ HEAD_VALUES = 8
 """Values of a head that are left of more."""
 EXPERTS = 8
 PARAMETERS = 12_000_000
-"""At most so many: they are drawn and used within 3 seconds on one core."""
+"""At most so many: they are drawn and used in seconds on one core."""
 
 _WIDTH = re.compile(
     r"(^|_)(hidden|size|sizes|dim|rank|width|embd|inner|d_model|d_ff|d_ssm|d_state|d_inner)($|_)"
